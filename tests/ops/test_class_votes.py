@@ -1,0 +1,100 @@
+"""Votes: golden counts, exact ties, tails of tiles, memory that does not grow with the vocabulary."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import pytest
+import torch
+
+from errseg import ops
+from errseg.testing import AllocationSpy, published_votes
+from tests.ops.cases import HALF, on_backends
+
+backends = on_backends("class_votes")
+reference = import_module("errseg.ops.reference.class_votes")
+
+
+@backends
+@pytest.mark.parametrize("case", ["a", "few", "tiny", "two"])
+def test_golden_votes(golden, case: str, backend: str) -> None:
+    cost, votes = (golden("selection")[f"{case}.{name}"] for name in ("cost", "votes"))
+    # Costs as pixel embeddings and unit vectors as words: the cosines keep the ranks of the costs.
+    assert torch.equal(ops.class_votes(cost, torch.eye(cost.shape[1]), backend=backend), votes)
+
+
+@backends
+def test_exact_ties_go_to_the_lowest_id(backend: str) -> None:
+    words = torch.eye(4)[[3, 1, 0, 1, 3, 0, 2]]  # ids 1 = 3, 0 = 4, 2 = 5
+    pixels = torch.tensor([[3.0, 2.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]]).T[None, :, :, None]
+    # Pixel one ranks words 2, 5, 1; pixel two ranks 0, 4 and then the first of the five at cosine zero.
+    assert ops.class_votes(pixels, words, backend=backend).tolist() == [[100, 2, 100, 0, 10, 10, 0]]
+
+
+@backends
+@pytest.mark.parametrize("words", [1, 2, 3, 63, 64, 65, 200, 1000])
+@pytest.mark.parametrize("size", [(1, 1), (5, 7)])
+def test_equals_the_sorted_volume_at_every_tile_boundary(
+    words: int, size: tuple[int, int], backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "TILE_ELEMENTS", 64)  # tiles of 64 words
+    # Small integers are exact in every order of summation, and tie all the time.
+    generator = torch.Generator().manual_seed(words)
+    pixels = torch.randint(-2, 3, (2, 6, *size), generator=generator).double()
+    text = torch.nn.functional.one_hot(torch.randint(6, (words,), generator=generator), 6).double()
+    cost = torch.einsum("bdhw,td->bthw", pixels, text)
+    assert torch.equal(ops.class_votes(pixels, text, backend=backend), published_votes(cost))
+
+
+@backends
+def test_duplicate_words_share_no_votes(backend: str) -> None:
+    pixels = torch.randn(1, 64, 20, 20)
+    words = torch.randn(300, 64).repeat(3, 1)  # every word three times, in different tiles and columns
+    votes = ops.class_votes(pixels, words, backend=backend)[0].view(3, 300)
+    first = ops.class_votes(pixels, words[:300], backend=backend)[0]
+    # The three copies of the best word take all three ranks: the first copy gets 100 wherever it wins.
+    assert torch.equal(votes[0] // 100, first // 100)
+    assert torch.equal(votes.sum(0) % 111, torch.zeros(300, dtype=torch.int64))
+
+
+@backends
+@pytest.mark.parametrize("dtype", HALF)
+def test_half_precision_embeddings_are_multiplied_in_float32(dtype: torch.dtype, backend: str) -> None:
+    pixels, words = torch.randn(2, 32, 8, 9).to(dtype), torch.randn(50, 32).to(dtype)
+    assert torch.equal(
+        ops.class_votes(pixels, words, backend=backend),
+        ops.class_votes(pixels.double(), words.double(), backend="reference"),
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = ops.class_votes(pixels.float(), words.float(), backend=backend)
+    assert torch.equal(inside, ops.class_votes(pixels.float(), words.float(), backend=backend))
+
+
+@backends
+def test_word_length_does_not_matter_and_zero_words_rank_at_zero(backend: str) -> None:
+    pixels, words = torch.randn(1, 8, 6, 6, dtype=torch.float64), torch.randn(20, 8, dtype=torch.float64)
+    lengths = torch.rand(20, 1, dtype=torch.float64) * 100 + 0.1
+    assert torch.equal(
+        ops.class_votes(pixels, words, backend=backend),
+        ops.class_votes(pixels, words * lengths, backend=backend),
+    )
+    assert ops.class_votes(pixels.abs(), torch.zeros(3, 8).double(), backend=backend).tolist() == [[3600, 360, 36]]
+
+
+@backends
+def test_memory_does_not_grow_with_the_vocabulary(backend: str) -> None:
+    pixels, words = torch.randn(2, 16, 40, 40), torch.randn(20_000, 16)
+    with AllocationSpy() as spy:
+        ops.class_votes(pixels, words, backend=backend)
+    # One image's full volume would be 128 MB.
+    assert spy.peak_bytes < 64 << 20
+
+
+def test_wrong_arguments_are_named() -> None:
+    pixels = torch.randn(1, 8, 2, 2)
+    with pytest.raises(ValueError, match=r"expected text_embeddings \[T, 8\], got \[5, 9\] float32"):
+        ops.class_votes(pixels, torch.randn(5, 9))
+    with pytest.raises(ValueError, match="at least one text embedding"):
+        ops.class_votes(pixels, torch.randn(0, 8))
+    with pytest.raises(ValueError, match=r"image_embeddings \[B, D, H, W\]"):
+        ops.class_votes(pixels[0], torch.randn(5, 8))

@@ -1,0 +1,87 @@
+"""Spatial attention: folded and split against the published block."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from errseg import ops
+from errseg.testing import assert_close, assert_within_eager_error
+from errseg.testing.published_decoder import SpatialAttention
+from errseg.testing.samples import Sample, Sizes, sample
+from tests.ops.cases import HALF, gradcheck, gradients, on_backends
+
+backends = on_backends("spatial_attention")
+
+
+def published(call: Sample) -> Tensor:
+    """Guidance repeated for every class and concatenated, two strided convolutions, three LayerNorms."""
+    x, guidance, p = call.args
+    height, width, channels = x.shape[2:]
+    block = SpatialAttention(channels, call.kwargs["num_heads"])
+    tensors = {name.replace("_weight", ".weight").replace("_bias", ".bias"): t for name, t in vars(p).items()}
+    gamma, beta = tensors.pop("norm.weight"), tensors.pop("norm.bias")
+    tokens = x.flatten(0, 1).flatten(1, 2)
+    z = nn.functional.layer_norm(tokens, (channels,), gamma, beta)
+    repeated = guidance[:, None].expand_as(x).flatten(0, 1).flatten(1, 2)
+    out = torch.func.functional_call(block, tensors, (z, repeated, (height, width))).reshape(x.shape)
+    mask = call.kwargs["drop_path"]
+    return x + (out if mask is None else out * mask[:, :, None, None, None])
+
+
+SIZES = [
+    Sizes(),
+    Sizes(batch=1, classes=1, height=2, width=2),
+    Sizes(height=3, width=14, channels=24, heads=3),
+    Sizes(classes=2, channels=64, heads=1),
+]
+
+
+@backends
+@pytest.mark.parametrize("drop_path", [False, True])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_equals_the_published_order(sizes: Sizes, drop_path: bool, backend: str) -> None:
+    call = sample("spatial_attention", sizes, drop_path=drop_path)
+    assert_close(call(backend=backend), published(call), 1e-13)
+
+
+@backends
+def test_gradients_equal_the_published_order(backend: str) -> None:
+    call = sample("spatial_attention")
+    run = [gradients(f, call) for f in (lambda c: c(backend=backend), published)]
+    largest = max(g.abs().max() for g in run[1])
+    for got, wanted in zip(*run, strict=True):
+        # Biases of k and norm_k have no influence: their gradient is exactly zero, the published one is rounding.
+        if got.abs().max() == 0:
+            assert wanted.abs().max() < 1e-13 * largest
+        else:
+            assert_close(got, wanted, 1e-11)
+
+
+@backends
+def test_gradients(backend: str) -> None:
+    gradcheck(sample("spatial_attention", Sizes(batch=1, classes=2, height=3, width=4, channels=6)), backend)
+
+
+@backends
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_error_is_at_most_twice_eager(dtype: torch.dtype, backend: str) -> None:
+    call = sample("spatial_attention", Sizes(height=12, width=11, channels=32)).to(dtype)
+    assert_within_eager_error(call(backend=backend), published(call), call.to(torch.float64)(backend="reference"))
+
+
+def test_means_are_removed_when_folding() -> None:
+    folded = sample("spatial_attention").args[2].fold()
+    for name in ("key_reduce_weight", "key_reduce_guidance_weight", "key_reduce_bias", "value_reduce_weight"):
+        assert getattr(folded, name).sum(0).abs().max() < 1e-13
+
+
+def test_wrong_arguments_are_named() -> None:
+    x, guidance, params = sample("spatial_attention").args
+    with pytest.raises(ValueError, match="num_heads that divides 16, got 3"):
+        ops.spatial_attention(x, guidance, params, num_heads=3)
+    with pytest.raises(ValueError, match=r"guidance \[2, 7, 9, 16\], got \[2, 7, 9, 15\]"):
+        ops.spatial_attention(x, guidance[..., :15], params, num_heads=2)
+    with pytest.raises(ValueError, match="x of at least 2 x 2 pixels"):
+        ops.spatial_attention(x[:, :, :1], guidance[:, :1], params, num_heads=2)
