@@ -1,0 +1,248 @@
+"""The decoder: RRHC, RRCA, and the up-decoder that brings every class map to a quarter of the image."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from errseg.errors import ErrSegError
+from errseg.model.clip import DenseFeatures
+from errseg.model.config import DecoderConfig
+from errseg.model.guidance import Guidance
+from errseg.model.rrca import RRCA
+from errseg.model.rrhc import RRHC
+from errseg.ops.checks import expect, expect_class_ids
+
+UNSELECTED_LOGIT = -100.0
+GROUP_CHANNELS = 8  # of every GroupNorm in the up-decoder
+
+
+class DecoderOutput(NamedTuple):
+    """Logits [B, K, 4H, 4W] of the selected classes and their ids [B, K] int64, ascending unless given."""
+
+    logits: Tensor
+    class_ids: Tensor
+
+    def dense(self, vocabulary_size: int) -> Tensor:
+        """[B, T, 4H, 4W] with -100 for the classes that were not selected (published layout)."""
+        batch, _, height, width = self.logits.shape
+        dense = self.logits.new_full((batch, vocabulary_size, height, width), UNSELECTED_LOGIT)
+        index = self.class_ids[:, :, None, None].expand_as(self.logits)
+        return dense.scatter(1, index, self.logits)
+
+
+class UpStep(nn.Module):
+    """Bring maps up, add guidance, and refine with two convolutions, each GroupNorm and ReLU."""
+
+    def __init__(self, in_channels: int, guidance_channels: int, channels: int, *, upsample: bool) -> None:
+        super().__init__()
+        up: nn.Module = nn.Conv2d(in_channels, channels, 1)
+        if upsample:
+            up = nn.ConvTranspose2d(in_channels, channels, 2, stride=2)
+        self.up_conv = up
+        self.conv1 = nn.Conv2d(channels + guidance_channels, channels, 3, padding=1, bias=False)
+        self.norm1 = nn.GroupNorm(channels // GROUP_CHANNELS, channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm2 = nn.GroupNorm(channels // GROUP_CHANNELS, channels)
+
+    def forward(self, x: Tensor, guidance: Tensor) -> Tensor:
+        """x [B K, C, H, W], guidance [B, G, H', W'] -> [B K, C', H', W'], H' = H or 2H.
+
+        The first convolution runs over [x, guidance]; its guidance part is the same for every class of an image
+        and is computed once.
+        """
+        up = self.up_conv(x)
+        own, shared = self.conv1.weight.split((up.shape[1], guidance.shape[1]), dim=1)
+        by_image = F.conv2d(guidance, shared, padding=1)[:, None]  # [B, 1, C', H', W']
+        mixed = F.conv2d(up, own, padding=1)
+        mixed = (mixed.unflatten(0, (guidance.shape[0], -1)) + by_image).flatten(0, 1)
+        mixed = F.relu(self.norm1(mixed))
+        return F.relu(self.norm2(self.conv2(mixed)))
+
+
+class Upsampler(nn.Module):
+    """Three steps from 1/16 to 1/4 of the image and a 1x1 head: tokens [B,K,H,W,C] -> logits [B,K,4H,4W]."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        widths = (config.width, *config.decoder_dims)
+        self.steps = nn.ModuleList(
+            UpStep(widths[j], config.decoder_guidance[j], widths[j + 1], upsample=j > 0) for j in range(3)
+        )
+        self.head = nn.Conv2d(widths[-1], 1, 1)
+
+    def forward(self, x: Tensor, guidance: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """Logits from the refined embedding and one guidance map per step."""
+        batch_and_classes = x.shape[:2]
+        maps = x.flatten(0, 1).permute(0, 3, 1, 2)  # channels last in memory
+        for step, step_guidance in zip(self.steps, guidance, strict=True):
+            maps = step(maps, step_guidance)
+        return self.head(maps)[:, 0].unflatten(0, batch_and_classes)
+
+
+class Decoder(nn.Module):
+    """From dense CLIP features and word embeddings to logits of the K classes that the image keeps."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.rrhc = RRHC(config)
+        self.guidance = Guidance(config)
+        self.rrca = RRCA(config)
+        self.upsampler = Upsampler(config)
+
+    def forward(
+        self,
+        features: DenseFeatures,
+        text_embeddings: Tensor,
+        *,
+        num_selected: int,
+        class_ids: Tensor | None = None,
+        required: Tensor | None = None,
+    ) -> DecoderOutput:
+        """Segment by words.
+
+        Args:
+            features: taps and pixel embeddings; os16 is [B, ., H, W].
+            text_embeddings: [T, D], any length, T >= 1.
+            num_selected: K >= 1; fewer words than K are all kept.
+            class_ids: [B, K] int64 in [0, T), overrides the selection.
+            required: [B, T] bool, ground-truth classes that the selection must keep (training).
+
+        Returns:
+            logits [B, K, 4H, 4W] and class ids [B, K].
+
+        Raises:
+            ValueError: on wrong shapes or types.
+        """
+        dim = self.config.text_dim
+        good = text_embeddings.ndim == 2 and text_embeddings.shape[1] == dim and text_embeddings.shape[0] > 0
+        expect(good, f"text_embeddings [T, {dim}] with T >= 1", text_embeddings)
+        expect(num_selected >= 1, "num_selected >= 1", num_selected)
+        if class_ids is not None:
+            expect_class_ids(class_ids, features.os16.shape[0])
+        embedding, class_ids = self.rrhc(
+            features.os16_dense,
+            features.os32_dense,
+            text_embeddings,
+            num_selected=num_selected,
+            class_ids=class_ids,
+            required=required,
+        )
+        guidance = self.guidance(features, text_embeddings, class_ids)
+        refined = self.rrca(embedding, guidance.aggregation, guidance.text)
+        return DecoderOutput(self.upsampler(refined, guidance.decoder), class_ids)
+
+    @classmethod
+    def from_published(cls, state_dict: Mapping[str, Tensor], prefix: str = "", num_heads: int = 4) -> Decoder:
+        """Build a decoder from published tensors, every size but ``num_heads`` read off their shapes.
+
+        Args:
+            state_dict: published names behind ``prefix``; other names are ignored when a prefix is given.
+            prefix: for example ``"sem_seg_head.decoder."``.
+            num_heads: attention heads, not derivable from shapes.
+
+        Raises:
+            ErrSegError: naming the first key that is missing, extra or misshapen.
+        """
+        tensors = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+        decoder = cls(published_config(tensors, num_heads))
+        dtype = next(iter(tensors.values())).dtype
+        decoder.to(dtype).load_published(tensors)
+        return decoder
+
+    def published_state_dict(self, prefix: str = "") -> dict[str, Tensor]:
+        """The parameters under their published names."""
+        return {prefix + published_name(name): value for name, value in self.state_dict().items()}
+
+    def load_published(self, state_dict: Mapping[str, Tensor], prefix: str = "") -> None:
+        """Copy published tensors in; strict about names and shapes.
+
+        Raises:
+            ErrSegError: naming the first key that is missing, extra or misshapen.
+        """
+        own = self.state_dict()
+        names = {prefix + published_name(name): name for name in own}
+        check_keys({k: own[n].shape for k, n in names.items()}, {k: v.shape for k, v in state_dict.items()})
+        self.load_state_dict({names[key]: value for key, value in state_dict.items()})
+
+
+def check_keys(expected: Mapping[str, torch.Size], got: Mapping[str, torch.Size]) -> None:
+    """Raise an ErrSegError that names the first missing, extra or misshapen key."""
+    for key, shape in expected.items():
+        if key not in got:
+            raise ErrSegError(f"checkpoint lacks {key} {list(shape)}")
+        if got[key] != shape:
+            raise ErrSegError(f"checkpoint has {key} {list(got[key])}, expected {list(shape)}")
+    for key in got:
+        if key not in expected:
+            raise ErrSegError(f"checkpoint has an unknown key {key} {list(got[key])}")
+
+
+_PUBLISHED_NAMES = (
+    (r"^rrhc\.embedding\.conv16\.", "corr_proj_convs.0.0."),
+    (r"^rrhc\.embedding\.conv32\.", "corr_proj_convs.1.0."),
+    (r"^rrhc\.embedding\.fusion\.", "low_corr_fusion."),
+    (r"^guidance\.aggregation\.conv32\.", "img_guidance_projection_agg.0.0."),
+    (r"^guidance\.aggregation\.conv16\.", "img_guidance_projection_agg.1.0."),
+    (r"^guidance\.aggregation\.fusion\.", "low_img_fusion."),
+    (r"^guidance\.decoder\.(\d)\.", r"img_guidance_projection_dec.\1.0."),
+    (r"^guidance\.text\.", "text_guidance_projection.0."),
+    (r"^rrca\.layers\.(\d+)\.spatial\.", r"aggregator_layers.\1.spatial_fusion.sa."),
+    (r"^rrca\.layers\.(\d+)\.classes\.", r"aggregator_layers.\1.class_fusion.sa."),
+    (r"mlp\.dwconv\.", "mlp.dwconv.dwconv."),
+    (r"^upsampler\.steps\.0\.", "up_decoder1."),
+    (r"^upsampler\.steps\.1\.", "up_decoder2."),
+    (r"^upsampler\.steps\.2\.", "up_decoder3."),
+    (r"^(up_decoder\d)\.conv1\.", r"\1.textual_fusion.0."),
+    (r"^(up_decoder\d)\.norm1\.", r"\1.textual_fusion.1."),
+    (r"^(up_decoder\d)\.conv2\.", r"\1.textual_fusion.3."),
+    (r"^(up_decoder\d)\.norm2\.", r"\1.textual_fusion.4."),
+    (r"^upsampler\.head\.", "head."),
+)
+
+
+def published_name(name: str) -> str:
+    """The published name of one of the decoder's parameters."""
+    for pattern, replacement in _PUBLISHED_NAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def published_config(tensors: Mapping[str, Tensor], num_heads: int = 4) -> DecoderConfig:
+    """Every size of a decoder from the shapes of its published tensors."""
+
+    def shape(key: str) -> torch.Size:
+        if key not in tensors:
+            raise ErrSegError(f"checkpoint lacks {key}")
+        return tensors[key].shape
+
+    taps = [shape(f"img_guidance_projection_dec.{j}.0.weight") for j in range(3)]
+    layers = {int(m[1]) for key in tensors if (m := re.match(r"aggregator_layers\.(\d+)\.", key))}
+    mlp = shape("aggregator_layers.0.spatial_fusion.sa.mlp.fc1.weight")
+    return DecoderConfig(
+        text_dim=shape("text_guidance_projection.0.weight")[1],
+        guidance_channels=(
+            taps[2][1],
+            taps[1][1],
+            taps[0][1],
+            shape("img_guidance_projection_agg.0.0.weight")[1],
+        ),
+        width=mlp[1],
+        num_layers=max(layers) + 1,
+        num_heads=num_heads,
+        mlp_dim=mlp[0],
+        embed_dim=shape("corr_proj_convs.0.0.weight")[0],
+        guidance_dim=shape("img_guidance_projection_agg.0.0.weight")[0],
+        decoder_guidance=(taps[0][0], taps[1][0], taps[2][0]),
+        decoder_dims=(
+            shape("up_decoder1.textual_fusion.0.weight")[0],
+            shape("up_decoder2.textual_fusion.0.weight")[0],
+            shape("up_decoder3.textual_fusion.0.weight")[0],
+        ),
+    )
