@@ -33,16 +33,30 @@ class BackendError(ErrSegError, RuntimeError):
 class Backend:
     """One way to compute an op.
 
-    ``forward`` takes the op's arguments, ``backward`` the incoming gradients, the op's arguments and a flag per
-    differentiable argument, and returns one gradient (or ``None`` where the flag is off) per such argument.
-    ``available`` says why this machine cannot run it at all, ``can_run`` why it cannot take these arguments;
-    both answer ``None`` for yes. C++ backends have no ``forward``: their library implements the raw op.
+    ``forward`` takes the op's arguments and returns its results. ``backward`` takes the incoming gradient, the
+    op's arguments and a flag per differentiable argument, and returns one gradient per such argument, any tensor
+    where the flag is off. C++ backends have neither: their library implements the raw ops; ``trains`` says that
+    it has the backward one.
+
+    A backend that saves more than its inputs for the backward pass names those tensors in ``saved``, with
+    ``fake_saved`` foretelling them. Its forward then takes one more argument, whether they are wanted, and
+    returns the op's results followed by them (empty tensors when unwanted); its backward gets them behind the
+    op's arguments.
+
+    ``available`` says why this machine cannot run it at all, ``can_run`` why it cannot take these arguments; both
+    answer ``None`` for yes. "interpreted" is an answer too: it runs, but slowly and only where it is asked for.
     """
 
     forward: Callable[..., Any] | None = None
-    backward: Callable[..., Sequence[Tensor | None]] | None = None
+    backward: Callable[..., Sequence[Tensor]] | None = None
+    trains: bool = False
+    saved: tuple[str, ...] = ()
+    fake_saved: Callable[..., tuple[Tensor, ...]] = lambda *args: ()
     available: Callable[[], str | None] = lambda: None
     can_run: Callable[..., str | None] = lambda *args: None
+
+
+INTERPRETED = "interpreted"
 
 
 @dataclass
@@ -82,10 +96,9 @@ class Op:
         if name not in BACKENDS:
             raise ValueError(f"expected a backend out of {', '.join(BACKENDS)}, got {name!r}")
         raw = f"{self.name}_{name}"
-        _library.define(f"{raw}{self.schema}", tags=(torch.Tag.pt2_compliant_tag,))
-        if backend.forward is not None:
-            _library.impl(raw, backend.forward, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"errseg::{raw}", self.fake, lib=_library)
+        _define(raw, self._raw_schema(backend), backend.forward, lambda *args: self._raw_fake(backend, *args))
+        if self.differentiable and (backend.trains or backend.backward is not None):
+            self._define_backward(raw, backend)
         if self.differentiable:
             self._register_autograd(raw, backend)
         self.backends[name] = backend
@@ -106,7 +119,7 @@ class Op:
         reasons = []
         for candidate in candidates:
             reason = self.why_not(candidate, *args)
-            if reason is None:
+            if reason is None or (reason == INTERPRETED and candidate in (backend, *_selected.order)):
                 return candidate
             reasons.append(f"{candidate}: {reason}")
         raise BackendError(f"{self.name} cannot run: {'; '.join(reasons)}")
@@ -116,36 +129,86 @@ class Op:
         if backend not in self.backends:
             known = "not a backend" if backend not in BACKENDS else "this op has none"
             return f"{known}, there is {', '.join(self.backends)}"
-        reason = self.backends[backend].available()
-        if reason is None and args:
-            reason = self.backends[backend].can_run(*args)
-        return reason
+        available = self.backends[backend].available()
+        if args and available in (None, INTERPRETED):
+            return self.backends[backend].can_run(*args) or available
+        return available
 
     def _dispatch(self, *args: Any) -> Any:
         *arguments, backend = args
-        return getattr(torch.ops.errseg, f"{self.name}_{backend}").default(*arguments)
+        raw = getattr(torch.ops.errseg, f"{self.name}_{backend}").default
+        saved = self.backends[backend].saved
+        if not saved:
+            return raw(*arguments)
+        training = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
+        results = raw(*arguments, training)[: -len(saved)]
+        return results[0] if len(results) == 1 else results
+
+    def _raw_schema(self, backend: Backend) -> str:
+        if not backend.saved:
+            return self.schema
+        arguments, results = self.schema.split("->")
+        names = [*results.strip().strip("()").split(","), *(f"Tensor {name}" for name in backend.saved)]
+        return f"({arguments.strip()[1:-1]}, bool training) -> ({', '.join(n.strip() for n in names)})"
+
+    def _raw_fake(self, backend: Backend, *args: Any) -> Any:
+        if not backend.saved:
+            return self.fake(*args)
+        *arguments, training = args
+        results = self.fake(*arguments)
+        saved = backend.fake_saved(*arguments)
+        if not training:
+            saved = tuple(s.new_empty(0) for s in saved)
+        return (*(results if isinstance(results, tuple) else (results,)), *saved)
+
+    def _define_backward(self, raw: str, backend: Backend) -> None:
+        arguments = self.schema.split("->")[0].strip()[1:-1]
+        saved = "".join(f", Tensor {name}" for name in backend.saved)
+        positions = self._positions()
+
+        def fake(grad: Tensor, *args: Any) -> list[Tensor]:
+            return [args[p].new_empty(args[p].shape if n else 0) for p, n in zip(positions, args[-1], strict=True)]
+
+        schema = f"(Tensor grad, {arguments}{saved}, bool[] needed) -> Tensor[]"
+        _define(f"{raw}_bwd", schema, backend.backward, fake)
+
+    def _positions(self) -> list[int]:
+        """Where the differentiable arguments stand."""
+        names = [a.name for a in self.overload._schema.arguments]
+        return [names.index(name) for name in self.differentiable]
 
     def _register_autograd(self, raw: str, backend: Backend) -> None:
-        names = [a.name for a in getattr(torch.ops.errseg, raw).default._schema.arguments]
-        positions = [names.index(name) for name in self.differentiable]
+        positions = self._positions()
+        num_arguments = len(self.overload._schema.arguments) - 1
 
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            ctx.save_for_backward(*(a for a in inputs if isinstance(a, Tensor)))
-            ctx.inputs = [None if isinstance(a, Tensor) else a for a in inputs]
+            inputs = inputs[:num_arguments]
+            saved = output[-len(backend.saved) :] if backend.saved else ()
+            ctx.save_for_backward(*(a for a in inputs if isinstance(a, Tensor)), *saved)
+            ctx.others = [None if isinstance(a, Tensor) else a for a in inputs]
             ctx.is_tensor = [isinstance(a, Tensor) for a in inputs]
 
         def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-            if backend.backward is None:
+            if not (backend.trains or backend.backward is not None):
                 raise NotImplementedError(f"{raw} has no backward pass; ask for another backend when training")
             saved = iter(ctx.saved_tensors)
-            inputs = [next(saved) if t else a for t, a in zip(ctx.is_tensor, ctx.inputs, strict=True)]
+            arguments = [next(saved) if t else a for t, a in zip(ctx.is_tensor, ctx.others, strict=True)]
             needed = [ctx.needs_input_grad[p] for p in positions]
-            result: list[Any] = [None] * len(inputs)
-            for p, grad in zip(positions, backend.backward(*grads, *inputs, needed), strict=True):
-                result[p] = grad
+            run = getattr(torch.ops.errseg, f"{raw}_bwd").default
+            result: list[Any] = [None] * len(ctx.needs_input_grad)
+            for p, n, grad in zip(positions, needed, run(grads[0], *arguments, *saved, needed), strict=True):
+                result[p] = grad if n else None
             return tuple(result)
 
         torch.library.register_autograd(f"errseg::{raw}", backward, setup_context=setup_context, lib=_library)
+
+
+def _define(name: str, schema: str, kernel: Callable[..., Any] | None, fake: Callable[..., Any]) -> None:
+    """An opaque op: schema, fake, and a Python kernel unless a C++ library brings it."""
+    _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    if kernel is not None:
+        _library.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"errseg::{name}", fake, lib=_library)
 
 
 class _Selected:

@@ -112,9 +112,22 @@ def doubled() -> contract.Op:
     op.register(
         "cpu",
         contract.Backend(
-            forward=lambda x, shift: (2.0 * x.detach() + shift).contiguous(),
-            backward=lambda grad, x, shift, needed: [2.0 * grad if needed[0] else None],
+            forward=lambda x, shift: (2.0 * x + shift).contiguous(),
+            backward=lambda grad, x, shift, needed: [2.0 * grad],
             can_run=lambda x, shift: None if x.dtype == torch.float32 else f"float32 only, got {x.dtype}",
+        ),
+    )
+    op.register(
+        "triton",
+        contract.Backend(
+            forward=lambda x, shift, training: (
+                2.0 * x + shift,
+                torch.full_like(x, 2.0) if training else x.new_empty(0),
+            ),
+            backward=lambda grad, x, shift, slope, needed: [slope * grad],
+            saved=("slope",),
+            fake_saved=lambda x, shift: (torch.empty_like(x),),
+            available=lambda: contract.INTERPRETED,
         ),
     )
     op.register("cuda", contract.Backend(available=lambda: "no NVIDIA GPU"))
@@ -135,15 +148,51 @@ def test_a_named_backend_runs_or_raises_with_the_reason(doubled: contract.Op) ->
     with pytest.raises(ops.BackendError, match="not a backend"):
         doubled(torch.ones(2), 1.0, backend="opencl")
     with pytest.raises(ops.BackendError, match="this op has none"):
-        doubled(torch.ones(2), 1.0, backend="triton")
+        ops.gated_mlp(*sample("gated_mlp").args, backend="cuda")
 
 
-def test_a_backend_gets_gradients_compilation_and_opcheck(doubled: contract.Op) -> None:
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_a_backend_gets_gradients_compilation_and_opcheck(doubled: contract.Op, backend: str) -> None:
     x = torch.randn(5, requires_grad=True)
-    assert torch.autograd.grad(doubled(x, 1.0).sum(), x)[0].tolist() == [2.0] * 5
-    compiled = torch.compile(lambda t: doubled(t, 1.0) + 1, fullgraph=True, backend="aot_eager")
+    result = doubled(x, 1.0, backend=backend)
+    assert torch.equal(result, 2 * x + 1)
+    assert torch.autograd.grad(result.sum(), x)[0].tolist() == [2.0] * 5
+    compiled = torch.compile(lambda t: doubled(t, 1.0, backend=backend) + 1, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), 2 * x + 2)
-    torch.library.opcheck(torch.ops.errseg.test_doubled_cpu.default, (x, 1.0))
+    assert torch.autograd.grad(compiled(x).sum(), x)[0].tolist() == [2.0] * 5
+    raw = getattr(torch.ops.errseg, f"test_doubled_{backend}").default
+    torch.library.opcheck(raw, (x, 1.0) if backend == "cpu" else (x, 1.0, True))
+
+
+def test_what_only_training_needs_is_saved_in_training_only(doubled: contract.Op) -> None:
+    x = torch.randn(5)
+    assert torch.ops.errseg.test_doubled_triton(x, 1.0, False)[1].numel() == 0
+    assert doubled(x, 1.0, backend="triton").requires_grad is False
+
+
+def test_an_interpreted_backend_runs_only_when_named(doubled: contract.Op) -> None:
+    x = torch.ones(2, dtype=torch.float64)
+    assert doubled.choose("triton", x, 0.0) == "triton"
+    with ops.use_backend("triton", "reference"):
+        assert doubled.choose(None, x, 0.0) == "triton"
+    doubled.order["cpu"] = ("triton", "reference")
+    assert doubled.choose(None, x, 0.0) == "reference"
+    doubled.order["cpu"] = ("cpu", "reference")
+
+
+def test_a_backend_without_a_backward_says_so() -> None:
+    op = contract.Op(
+        "test_forward_only",
+        "(Tensor x) -> Tensor",
+        reference=lambda x: 2 * x,
+        fake=torch.empty_like,
+        differentiable=("x",),
+    )
+    del contract.OPS["test_forward_only"]
+    op.register("cpu", contract.Backend(forward=lambda x: 2 * x))
+    x = torch.ones(2, requires_grad=True)
+    with pytest.raises(NotImplementedError, match="test_forward_only_cpu has no backward pass"):
+        op(x, backend="cpu").sum().backward()
 
 
 def test_use_backend_as_a_context_and_as_a_call(doubled: contract.Op) -> None:
