@@ -6,14 +6,13 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from errseg.errors import ErrSegError
 from errseg.model.clip import DenseFeatures
 from errseg.model.config import DecoderConfig
 from errseg.model.guidance import Guidance
+from errseg.model.published import check_state_dict, decoder_config
 from errseg.model.rrca import RRCA
 from errseg.model.rrhc import RRHC
 from errseg.ops.checks import expect, expect_class_ids
@@ -151,7 +150,7 @@ class Decoder(nn.Module):
             ErrSegError: naming the first key that is missing, extra or misshapen.
         """
         tensors = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
-        decoder = cls(published_config(tensors, num_heads))
+        decoder = cls(decoder_config(tensors, num_heads))
         dtype = next(iter(tensors.values())).dtype
         decoder.to(dtype).load_published(tensors)
         return decoder
@@ -166,22 +165,9 @@ class Decoder(nn.Module):
         Raises:
             ErrSegError: naming the first key that is missing, extra or misshapen.
         """
-        own = self.state_dict()
-        names = {prefix + published_name(name): name for name in own}
-        check_keys({k: own[n].shape for k, n in names.items()}, {k: v.shape for k, v in state_dict.items()})
+        check_state_dict(state_dict, self.published_state_dict(prefix), "the decoder's checkpoint")
+        names = {prefix + published_name(name): name for name in self.state_dict()}
         self.load_state_dict({names[key]: value for key, value in state_dict.items()})
-
-
-def check_keys(expected: Mapping[str, torch.Size], got: Mapping[str, torch.Size]) -> None:
-    """Raise an ErrSegError that names the first missing, extra or misshapen key."""
-    for key, shape in expected.items():
-        if key not in got:
-            raise ErrSegError(f"checkpoint lacks {key} {list(shape)}")
-        if got[key] != shape:
-            raise ErrSegError(f"checkpoint has {key} {list(got[key])}, expected {list(shape)}")
-    for key in got:
-        if key not in expected:
-            raise ErrSegError(f"checkpoint has an unknown key {key} {list(got[key])}")
 
 
 _PUBLISHED_NAMES = (
@@ -212,37 +198,3 @@ def published_name(name: str) -> str:
     for pattern, replacement in _PUBLISHED_NAMES:
         name = re.sub(pattern, replacement, name)
     return name
-
-
-def published_config(tensors: Mapping[str, Tensor], num_heads: int = 4) -> DecoderConfig:
-    """Every size of a decoder from the shapes of its published tensors."""
-
-    def shape(key: str) -> torch.Size:
-        if key not in tensors:
-            raise ErrSegError(f"checkpoint lacks {key}")
-        return tensors[key].shape
-
-    taps = [shape(f"img_guidance_projection_dec.{j}.0.weight") for j in range(3)]
-    layers = {int(m[1]) for key in tensors if (m := re.match(r"aggregator_layers\.(\d+)\.", key))}
-    mlp = shape("aggregator_layers.0.spatial_fusion.sa.mlp.fc1.weight")
-    return DecoderConfig(
-        text_dim=shape("text_guidance_projection.0.weight")[1],
-        guidance_channels=(
-            taps[2][1],
-            taps[1][1],
-            taps[0][1],
-            shape("img_guidance_projection_agg.0.0.weight")[1],
-        ),
-        width=mlp[1],
-        num_layers=max(layers) + 1,
-        num_heads=num_heads,
-        mlp_dim=mlp[0],
-        embed_dim=shape("corr_proj_convs.0.0.weight")[0],
-        guidance_dim=shape("img_guidance_projection_agg.0.0.weight")[0],
-        decoder_guidance=(taps[0][0], taps[1][0], taps[2][0]),
-        decoder_dims=(
-            shape("up_decoder1.textual_fusion.0.weight")[0],
-            shape("up_decoder2.textual_fusion.0.weight")[0],
-            shape("up_decoder3.textual_fusion.0.weight")[0],
-        ),
-    )

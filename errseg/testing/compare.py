@@ -124,9 +124,7 @@ def assert_within_eager_error(
         raise AssertionError(f"{name}: over {factor:g} x eager: {budget}; {_worst(candidate, reference)}")
 
 
-def _label_mismatches(
-    actual: Tensor, expected: Tensor, margin: Tensor, min_margin: float
-) -> tuple[Tensor, Tensor]:
+def _label_mismatches(actual: Tensor, expected: Tensor, margin: Tensor, min_margin: float) -> tuple[Tensor, Tensor]:
     """Bool maps on the CPU: which labels differ, and which are sure enough to be compared."""
     if not (actual.shape == expected.shape == margin.shape):
         shapes = [list(t.shape) for t in (actual, expected, margin)]

@@ -7,6 +7,7 @@ volumes span the vocabulary, wide 7x7 convolutions run on every class map, guida
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -14,8 +15,8 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from errseg.errors import ErrSegError
 from errseg.model.config import DecoderConfig
+from errseg.model.published import check_state_dict, decoder_config
 
 if TYPE_CHECKING:
     from errseg.model.decoder import DecoderOutput
@@ -87,9 +88,7 @@ def _check_selection(votes: Tensor, num_selected: int, required: Tensor | None) 
     if num_selected < 1:
         raise ValueError(f"expected num_selected >= 1, got {num_selected}")
     if required is not None and (required.shape != votes.shape or required.dtype != torch.bool):
-        raise ValueError(
-            f"expected required {list(votes.shape)} bool, got {list(required.shape)} {required.dtype}"
-        )
+        raise ValueError(f"expected required {list(votes.shape)} bool, got {list(required.shape)} {required.dtype}")
 
 
 def _gather_classes(values: Tensor, class_ids: Tensor) -> Tensor:
@@ -313,13 +312,10 @@ class PublishedDecoder(nn.Module):
         Raises ErrSegError naming the first key that is missing, unknown or misshapen.
         """
         weights = {key.removeprefix(prefix): t for key, t in state_dict.items() if key.startswith(prefix)}
+        config = replace(decoder_config(weights, num_heads), drop_path_rate=drop_path_rate)
         with torch.device("meta"):
-            decoder = cls(decoder_config_of(weights, num_heads, drop_path_rate))
-        expected = {key: tuple(t.shape) for key, t in decoder.state_dict().items()}
-        for key in [*expected, *weights]:
-            got = tuple(weights[key].shape) if key in weights else None
-            if got != expected.get(key):
-                raise ErrSegError(f"decoder weights: {prefix}{key} should be {expected.get(key)}, got {got}")
+            decoder = cls(config)
+        check_state_dict(weights, decoder.state_dict(), "the decoder's checkpoint")
         decoder.load_state_dict({key: t.detach().clone() for key, t in weights.items()}, assign=True)
         return decoder
 
@@ -378,8 +374,7 @@ class PublishedDecoder(nn.Module):
         guidance = self.low_img_fusion((coarse + fine) / 2)
         taps = (os16.detach(), os8, os4)
         at16, at8, at4 = (
-            F.relu6(convolution(tap))
-            for convolution, tap in zip(self.img_guidance_projection_dec, taps, strict=True)
+            F.relu6(convolution(tap)) for convolution, tap in zip(self.img_guidance_projection_dec, taps, strict=True)
         )
         return guidance, at16, at8, at4
 
@@ -391,8 +386,7 @@ class PublishedDecoder(nn.Module):
 def _projections(ins: tuple[int, ...], outs: tuple[int, ...], kernel_size: int) -> nn.ModuleList:
     """One convolution of `same` size per pair, each in a Sequential of its own for the sake of its name."""
     return nn.ModuleList(
-        nn.Sequential(nn.Conv2d(i, o, kernel_size, padding=kernel_size // 2))
-        for i, o in zip(ins, outs, strict=True)
+        nn.Sequential(nn.Conv2d(i, o, kernel_size, padding=kernel_size // 2)) for i, o in zip(ins, outs, strict=True)
     )
 
 
@@ -400,40 +394,6 @@ def _check_text(features: FeatureMaps, text_embeddings: Tensor) -> None:
     width = features.os16_dense.shape[1]
     if text_embeddings.ndim != 2 or text_embeddings.shape[1] != width:
         raise ValueError(f"expected text_embeddings [T, {width}], got {list(text_embeddings.shape)}")
-
-
-def decoder_config_of(weights: Mapping[str, Tensor], num_heads: int, drop_path_rate: float) -> DecoderConfig:
-    """The sizes of a decoder from its published tensors; ErrSegError when one that tells is missing."""
-
-    def size(key: str, axis: int = 0) -> int:
-        if key not in weights:
-            raise ErrSegError(f"decoder weights: no {key}; these are not the weights of an ERR-Seg decoder")
-        return weights[key].shape[axis]
-
-    layers = {key.split(".")[1] for key in weights if key.startswith("aggregator_layers.")}
-    dec, agg = "img_guidance_projection_dec.{}.0.weight", "img_guidance_projection_agg.{}.0.weight"
-    return DecoderConfig(
-        text_dim=size("text_guidance_projection.0.weight", 1),
-        guidance_channels=(
-            size(dec.format(2), 1),
-            size(dec.format(1), 1),
-            size(agg.format(1), 1),
-            size(agg.format(0), 1),
-        ),
-        width=size("low_corr_fusion.weight"),
-        num_layers=len(layers),
-        num_heads=num_heads,
-        mlp_dim=size("aggregator_layers.0.spatial_fusion.sa.mlp.fc1.weight"),
-        embed_dim=size("corr_proj_convs.0.0.weight"),
-        guidance_dim=size(agg.format(0)),
-        decoder_guidance=(size(dec.format(0)), size(dec.format(1)), size(dec.format(2))),
-        decoder_dims=(
-            size("up_decoder1.textual_fusion.0.weight"),
-            size("up_decoder2.textual_fusion.0.weight"),
-            size("up_decoder3.textual_fusion.0.weight"),
-        ),
-        drop_path_rate=drop_path_rate,
-    )
 
 
 def published_dense(logits: Tensor, class_ids: Tensor, vocabulary_size: int) -> Tensor:

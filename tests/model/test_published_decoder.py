@@ -52,9 +52,7 @@ def decoder_of(golden: Golden, dtype: torch.dtype, drop_path_rate: float = 0.025
 @pytest.mark.parametrize(
     ("dtype", "intermediate", "final"), [(torch.float64, 6e-8, 1e-12), (torch.float32, 5e-6, 5e-6)]
 )
-def test_every_intermediate(
-    golden: Golden, case: str, dtype: torch.dtype, intermediate: float, final: float
-) -> None:
+def test_every_intermediate(golden: Golden, case: str, dtype: torch.dtype, intermediate: float, final: float) -> None:
     values = load_case(golden, case)
     text = values["in.text"][:, 0].to(dtype)
     features = features_of(values, dtype)
@@ -115,15 +113,11 @@ def test_bfloat16_errs_as_much_as_the_published_code(golden: Golden, mode: str) 
 def test_training_gradients(golden: Golden) -> None:
     values = golden("train_small_io")
     decoder = decoder_of(golden, torch.float64, drop_path_rate=0.0).train()
-    leaves = {
-        name: tensor.double().requires_grad_() for name, tensor in values.items() if name.startswith("in.")
-    }
+    leaves = {name: tensor.double().requires_grad_() for name, tensor in values.items() if name.startswith("in.")}
     required = torch.zeros(2, 21, dtype=torch.bool)
     required[0, values["gt0"]] = True
     required[1, values["gt1"]] = True
-    output = decoder(
-        features_of(leaves, torch.float64), leaves["in.text"][:, 0], num_selected=7, required=required
-    )
+    output = decoder(features_of(leaves, torch.float64), leaves["in.text"][:, 0], num_selected=7, required=required)
     order = values["indices"].sort(dim=1)
     assert torch.equal(output.class_ids, order.values)
     output.logits.retain_grad()
@@ -245,10 +239,7 @@ def test_drop_path_drops_whole_samples_in_training_only() -> None:
     assert set(per_sample[:, 0].tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
     assert abs(dropped.mean().item() - 1) < 0.05  # 4.3 standard deviations
     assert torch.equal(drop.eval()(x), x)
-    rates = [
-        layer.spatial_fusion["sa"].drop_path.rate
-        for layer in PublishedDecoder(SMALL_DECODER).aggregator_layers
-    ]
+    rates = [layer.spatial_fusion["sa"].drop_path.rate for layer in PublishedDecoder(SMALL_DECODER).aggregator_layers]
     assert rates == [0.0, 0.025]
 
 

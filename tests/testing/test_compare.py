@@ -144,9 +144,7 @@ def test_labels_may_differ_at_ties_only() -> None:
     at_sure[0, 1] = 9
     assert labels_equal_except_ties(at_tie, LABELS, MARGINS, 1e-6)
     assert not labels_equal_except_ties(at_sure, LABELS, MARGINS, 1e-6)
-    with pytest.raises(
-        AssertionError, match=r"1 of 3 sure labels differ; first at \(0, 1\): got 9, expected 2"
-    ):
+    with pytest.raises(AssertionError, match=r"1 of 3 sure labels differ; first at \(0, 1\): got 9, expected 2"):
         assert_labels_equal_except_ties(at_sure, LABELS, MARGINS, 1e-6)
 
 

@@ -36,8 +36,7 @@ def test_one_draw_serves_every_precision(dtype: torch.dtype) -> None:
 
 def test_seeds_differ() -> None:
     assert not any(
-        torch.equal(one, other)
-        for one, other in zip(draws(1, torch.float32), draws(2, torch.float32), strict=True)
+        torch.equal(one, other) for one, other in zip(draws(1, torch.float32), draws(2, torch.float32), strict=True)
     )
 
 

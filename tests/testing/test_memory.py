@@ -71,9 +71,7 @@ def test_limit_names_the_culprit() -> None:
         x * 2
     assert spy.peak_bytes == MIB
     with (
-        pytest.raises(
-            AssertionError, match=r"aten.mul.Tensor made 1,048,576 bytes, shape \[262144\]; allowed"
-        ),
+        pytest.raises(AssertionError, match=r"aten.mul.Tensor made 1,048,576 bytes, shape \[262144\]; allowed"),
         assert_no_allocation_larger_than(MIB - 1),
     ):
         x * 2

@@ -1,0 +1,1 @@
+"""The network: configuration, CLIP towers, decoder, checkpoints."""
