@@ -1,4 +1,4 @@
-"""What the picture and the words tell every class: guidance for RRCA and for the up-decoder (paper section 3.3)."""
+"""What the picture and the words tell every class: guidance for RRCA and for the up-decoder (paper: RRCA)."""
 
 from __future__ import annotations
 

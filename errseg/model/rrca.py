@@ -1,4 +1,4 @@
-"""RRCA: attention over space, then over classes, on shortened sequences (paper section 3.3).
+"""RRCA: attention over space, then over classes, on shortened sequences (paper: RRCA).
 
 Token-major throughout: x is [B, K, H, W, C].
 """

@@ -1,4 +1,4 @@
-"""RRHC: reduce the vocabulary to a few classes, take their costs at two depths, embed them (paper section 3.2)."""
+"""RRHC: reduce the vocabulary to a few classes, take their costs at two depths, embed them (paper: RRHC)."""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ def class_attention(
     Raises:
         ValueError: on wrong shapes or a width that the heads do not divide.
 
-    Source: paper equation 7 (class reduction).
+    Source: paper, RRCA: class-level sequence reduction.
     """
     expect_floating(x, 5, "x [B, K, H, W, C] floating")
     batch, num_classes, height, width, channels = x.shape

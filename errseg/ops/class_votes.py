@@ -37,7 +37,7 @@ def class_votes(image_embeddings: Tensor, text_embeddings: Tensor, *, backend: s
     Raises:
         ValueError: on wrong shapes.
 
-    Source: paper section 3.2, class selection; weights 1, 0.1, 0.01 scaled to exact integers.
+    Source: paper, RRHC: class selection; weights 1, 0.1, 0.01 scaled to exact integers.
     """
     expect_floating(image_embeddings, 4, "image_embeddings [B, D, H, W] floating")
     expect_floating(text_embeddings, 2, "text_embeddings [T, D] floating")

@@ -77,7 +77,7 @@ def cost_embedding(
     Raises:
         ValueError: on wrong shapes.
 
-    Source: paper equation 3 (hierarchical cost fusion).
+    Source: paper, RRHC: hierarchical cost maps.
     """
     expect_floating(cost16, 4, "cost16 [B, K, H, W] floating")
     expect(cost32.ndim == 4 and cost32.shape[:2] == cost16.shape[:2], "cost32 [B, K, h, w] like cost16", cost32)

@@ -45,7 +45,7 @@ def cost_volume(
     Raises:
         ValueError: on wrong shapes.
 
-    Source: paper equation 1.
+    Source: paper, cost maps: cosine similarity of pixel and word.
     """
     expect_floating(image_embeddings, 4, "image_embeddings [B, D, H, W] floating")
     expect_floating(text_embeddings, 2, "text_embeddings [T, D] floating")

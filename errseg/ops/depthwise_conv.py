@@ -47,7 +47,7 @@ def depthwise_conv(
     Raises:
         ValueError: on wrong shapes.
 
-    Source: paper section 3.3, convolution of the spatial feed-forward part.
+    Source: paper, RRCA: convolution of the spatial feed-forward part.
     """
     expect_floating(x, 5, "x [B, K, H, W, C] floating")
     channels, size = x.shape[-1], weight.shape[-1]

@@ -89,7 +89,7 @@ def gated_mlp(
     Raises:
         ValueError: on wrong shapes.
 
-    Source: paper section 3.3, feed-forward part of RRCA.
+    Source: paper, RRCA: feed-forward part.
     """
     folded = params.fold() if isinstance(params, GatedMLPParams) else params
     channels = folded.gate_weight.shape[1]

@@ -41,7 +41,7 @@ def select_classes(
     Raises:
         ValueError: on wrong shapes or types, or K < 1.
 
-    Source: paper section 3.2, class selection.
+    Source: paper, RRHC: class selection.
     """
     expect(votes.ndim == 2 and votes.dtype == torch.int64, "votes [B, T] int64", votes)
     expect(num_selected >= 1, "num_selected >= 1", num_selected)

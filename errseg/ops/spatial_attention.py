@@ -165,7 +165,7 @@ def spatial_attention(
     Raises:
         ValueError: on wrong shapes or a width that the heads do not divide.
 
-    Source: paper equation 6 (spatial reduction), with per-image guidance split out of the per-class work.
+    Source: paper, RRCA: spatial-level sequence reduction, with per-image guidance split out of the per-class work.
     """
     expect_floating(x, 5, "x [B, K, H, W, C] floating")
     batch, num_classes, height, width, channels = x.shape
