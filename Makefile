@@ -11,6 +11,7 @@ SETUP_FILES := pyproject.toml setup.py $(CONSTRAINTS)
 NATIVE := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
 .PHONY: help demo test lint clean
+.DELETE_ON_ERROR:
 
 help:
 	@echo "make demo   install into $(VENV) and segment fresh toy scenes with the shipped tiny model"

@@ -172,9 +172,7 @@ def _device_rows(devices: dict[str, Any]) -> list[tuple[str, str]]:
     if isinstance(gpus, str):
         return [*rows, ("gpu", gpus)]
     for index, gpu in enumerate(gpus):
-        rows.append(
-            (f"cuda:{index}", f"{gpu['name']}, capability {gpu['capability']}, {gpu['memory_gb']} GB")
-        )
+        rows.append((f"cuda:{index}", f"{gpu['name']}, capability {gpu['capability']}, {gpu['memory_gb']} GB"))
     return rows
 
 
@@ -205,8 +203,6 @@ def _styled(text: str) -> Text:
     from rich.text import Text
 
     styled = Text(text)
-    styled.highlight_regex(
-        r"(missing|not found|none|does not import|does not run|found, but)[^\n]*", "yellow"
-    )
+    styled.highlight_regex(r"(missing|not found|none|does not import|does not run|found, but)[^\n]*", "yellow")
     styled.highlight_regex(r"runs here", "green")
     return styled

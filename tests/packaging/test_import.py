@@ -49,9 +49,8 @@ def test_import_takes_under_half_a_second_beyond_torch() -> None:
         "import time, torch\nstart = time.perf_counter()\nimport errseg\nerrseg.Segmenter, errseg.ops\n"
         "print(time.perf_counter() - start)"
     )
-    # The best of three: what other processes take away is not the import's.
-    seconds = min(float(run(code).stdout) for _ in range(3))
-    assert seconds < 0.5
+    # One quick import in three is proof; what other processes take away is not the import's.
+    assert any(float(run(code).stdout) < 0.5 for _ in range(3))
 
 
 def test_every_public_name_resolves() -> None:
