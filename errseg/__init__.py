@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from errseg.model.decoder import DecoderOutput as DecoderOutput
     from errseg.model.errseg import ERRSeg as ERRSeg
     from errseg.model.errseg import create_model as create_model
-    from errseg.segmenter import Segmentation as Segmentation
+    from errseg.segmentation import Segmentation as Segmentation
     from errseg.segmenter import Segmenter as Segmenter
     from errseg.vocabulary import Vocabulary as Vocabulary
 
@@ -29,7 +29,7 @@ _HOME_OF = {
     "DecoderOutput": "errseg.model.decoder",
     "ERRSeg": "errseg.model.errseg",
     "ErrSegError": "errseg.errors",
-    "Segmentation": "errseg.segmenter",
+    "Segmentation": "errseg.segmentation",
     "Segmenter": "errseg.segmenter",
     "Vocabulary": "errseg.vocabulary",
     "create_model": "errseg.model.errseg",

@@ -8,9 +8,8 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from os import PathLike, fspath
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,21 +20,20 @@ from torch import Tensor, nn
 
 from errseg import ops
 from errseg.data.images import read_image
-from errseg.data.labels import areas, save_image, save_json, save_labels
-from errseg.data.overlay import draw_overlay, word_colors
 from errseg.errors import ErrSegError
 from errseg.model.decoder import DecoderOutput
 from errseg.model.errseg import ERRSeg, create_model
+from errseg.segmentation import Segmentation
+from errseg.timing import StageClock, wait_for
 from errseg.vocabulary import Vocabulary
 
 Words = Vocabulary | Sequence[str | Sequence[str]] | Mapping[str, Sequence[str]]
 
 BACKGROUND = "background"
-STAGES = ("read", "preprocess", "text", "towers", "guidance", "rrhc", "rrca", "upsampler", "labels")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PUBLISHED_WEIGHTS = "lchen1019/ERR-Seg"
 
-# The benchmarks' K for their vocabulary sizes (model.md 3): PAS-20, PC-59, COCO-171 and A-150; more words get 48.
+# The benchmarks' K for their vocabulary sizes PAS-20, PC-59, COCO-171 and A-150; more words get 48.
 _NUM_SELECTED = ((20, 16), (59, 24), (171, 32))
 _MOST_SELECTED = 48
 _CACHED_VOCABULARIES = 4
@@ -45,65 +43,6 @@ _FINGERPRINT_SAMPLES = 1024
 def default_num_selected(num_words: int) -> int:
     """K for a vocabulary: 16 up to 20 words, 24 up to 59, 32 up to 171, else 48 (the benchmarks' values)."""
     return next((k for most, k in _NUM_SELECTED if num_words <= most), _MOST_SELECTED)
-
-
-@dataclass
-class Segmentation:
-    """The words of one picture.
-
-    labels: [H, W] int32 on the CPU, index into `vocabulary`, at the picture's own (upright) size; -1 = unknown.
-    scores: [H, W] float32, the winning probability in [0, 1], or None when not asked for.
-    vocabulary: the words offered, and "background" last where background words were given.
-    class_ids: [K] int64 ascending, the words that the picture was reduced to.
-    image: the picture as it was read. source: its path, if it had one.
-    timings: seconds per stage (`STAGES`), or None when not asked for; a batch is shared evenly by its pictures.
-    """
-
-    labels: Tensor
-    scores: Tensor | None
-    vocabulary: list[str]
-    class_ids: Tensor
-    image: Image.Image = field(repr=False)
-    source: str | None = None
-    timings: dict[str, float] | None = None
-
-    def overlay(self, **options: Any) -> Image.Image:
-        """Colours, outlines and names over the picture; options as in `errseg.data.overlay.draw_overlay`."""
-        return draw_overlay(self.image, self.labels.numpy(), self.vocabulary, **options)
-
-    def areas(self) -> list[dict[str, Any]]:
-        """[{id, word, pixels, fraction}] of the words found, largest first, unknown (id -1) last."""
-        return areas(self.labels.numpy(), self.vocabulary)
-
-    def save(self, path: str | PathLike[str], *, overlay: bool = True) -> list[Path]:
-        """Write the label map, a JSON of areas and the overlay; return their paths.
-
-        `out.png` (or `out.labels.png`) goes with `out.json` and `out.overlay.png`. With more than 65,535 words
-        the label map is a .tif (`errseg.data.labels.save_labels`).
-
-        Raises:
-            ErrSegError: a file cannot be written.
-        """
-        target = Path(path)
-        stem = target.with_name(target.stem.removesuffix(".labels"))
-        colors = word_colors(self.vocabulary) if len(self.vocabulary) <= 255 else None
-        written = [save_labels(self.labels.numpy(), target, len(self.vocabulary), colors)]
-        if overlay:
-            written.append(stem.with_name(stem.name + ".overlay.png"))
-            save_image(self.overlay(), written[-1])
-        facts = {
-            "image": self.source,
-            "width": self.image.width,
-            "height": self.image.height,
-            "labels": written[0].name,
-            "overlay": written[1].name if overlay else None,
-            "vocabulary_size": len(self.vocabulary),
-            "selected": [{"id": i, "word": self.vocabulary[i]} for i in self.class_ids.tolist()],
-            "areas": self.areas(),
-        }
-        written.append(stem.with_name(stem.name + ".json"))
-        save_json(facts, written[-1])
-        return written
 
 
 class _Offer(NamedTuple):
@@ -252,7 +191,7 @@ class Segmenter:
         """
         check_options(threshold, protocol, batch_size)
         batch_size = batch_size or self.default_batch_size
-        clock = _Clock(self.device, self.model) if timings else None
+        clock = StageClock(self.device, self.model) if timings else None
         with _memory_advice(self.device):
             offer = self._find_offer(vocabulary, _as_background(background))
             k = _check_num_selected(num_selected) or self.num_selected or self.model.config.num_selected
@@ -294,7 +233,7 @@ class Segmenter:
                     if plain is None
                     else self._with_background(plain, background)
                 )
-            _wait(self.device)
+            wait_for(self.device)
             self._text_seconds += time.perf_counter() - start
             if len(self._offers) > _CACHED_VOCABULARIES:
                 self._offers.popitem(last=False)
@@ -341,7 +280,7 @@ class _Run:
     threshold: float | None
     return_scores: bool
     protocol: str | None
-    clock: _Clock | None
+    clock: StageClock | None
 
     def batch(self, sources: list[Any]) -> list[Segmentation]:
         """Pictures of any sizes through the network at once."""
@@ -397,57 +336,10 @@ class _Run:
         return nullcontext() if self.clock is None else self.clock.stage(name)
 
 
-class _Clock:
-    """Seconds per stage; the network's own stages are timed by forward hooks while it is watched."""
-
-    def __init__(self, device: torch.device, model: nn.Module) -> None:
-        self.device = device
-        decoder: Any = model.decoder
-        self.watched: dict[str, Any] = {"towers": model.clip} | {
-            name: getattr(decoder, name) for name in ("guidance", "rrhc", "rrca", "upsampler")
-        }
-        self.seconds = dict.fromkeys(STAGES, 0.0)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        _wait(self.device)
-        start = time.perf_counter()
-        yield
-        _wait(self.device)
-        self.seconds[name] += time.perf_counter() - start
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        running: dict[str, Any] = {}
-
-        def enter(name: str) -> None:
-            running[name] = self.stage(name)
-            running[name].__enter__()
-
-        def leave(name: str) -> None:
-            running.pop(name).__exit__(None, None, None)
-
-        handles = []
-        for name, module in self.watched.items():
-            handles.append(module.register_forward_pre_hook(lambda *_, name=name: enter(name)))
-            handles.append(module.register_forward_hook(lambda *_, name=name: leave(name)))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def take(self, num_pictures: int) -> dict[str, float]:
-        """Each picture's share of the time since last taken."""
-        shares = {name: seconds / num_pictures for name, seconds in self.seconds.items()}
-        self.seconds = dict.fromkeys(STAGES, 0.0)
-        return shares
-
-
 def to_square(picture: Image.Image, size: int, protocol: str | None = None) -> Tensor:
     """Return an RGB picture as [1, 3, size, size] float32, 0..255: bilinear, half-pixel centres, no antialias.
 
-    With "published" the shortest edge first becomes 800 (longest at most 1333) in uint8 by Pillow (model.md 10).
+    With "published" the shortest edge first becomes 800 (longest at most 1333) in uint8 by Pillow.
     """
     if protocol == "published":
         scale = min(800 / min(picture.size), 1333 / max(picture.size))
@@ -544,11 +436,6 @@ def _fingerprint(clip: nn.Module) -> str:
             samples = value.flatten()[:: max(1, value.numel() // _FINGERPRINT_SAMPLES)]
             digest.update(name.encode() + samples.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @contextmanager

@@ -28,7 +28,7 @@ class Vocabulary:
 
     Args:
         words: names, lists of synonyms, or {name: [further synonyms]}. A name "a, b, c" in a list is split at
-            ", " into synonyms (model.md 2); the first becomes the word.
+            ", " into synonyms; the first becomes the word.
         embeddings: [T, D] text embeddings of any length but zero, floating-point; given, nothing is encoded.
         synonyms: "first" encodes the first synonym only (the published rule), "mean" averages all of them.
         model, weights, prompt: what made the embeddings; a Segmenter with others refuses them. None: unknown.

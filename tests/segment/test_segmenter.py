@@ -16,7 +16,8 @@ from errseg import Segmenter, Vocabulary
 from errseg.data.labels import load_labels
 from errseg.errors import ErrSegError
 from errseg.model.errseg import create_model
-from errseg.segmenter import STAGES, default_num_selected, to_square
+from errseg.segmenter import default_num_selected, to_square
+from errseg.timing import STAGES
 
 WORDS = ["red star", "blue circle", "grass", "red star", "sky", "green heart", "water"]
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
