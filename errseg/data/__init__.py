@@ -1,0 +1,1 @@
+"""Pictures in and out: reading, labels, overlays, and the toy world."""
