@@ -49,9 +49,7 @@ def demo(
     out: Annotated[Path, typer.Option("--out", help="Folder for the pictures.")] = Path("errseg-demo"),
     scenes: Annotated[int, typer.Option("--scenes", min=1, help="Fresh scenes to segment and score.")] = 200,
     pictures: Annotated[int, typer.Option("--pictures", min=0, help="How many of them to draw.")] = 6,
-    seed: Annotated[
-        int, typer.Option("--seed", min=0, help="Which fresh scenes.")
-    ] = 777,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Which fresh scenes.")] = 777,
     retrain: Annotated[
         bool,
         typer.Option("--retrain", help="Train the toy model again first: about 15 minutes on two cores."),

@@ -41,9 +41,8 @@ class Recipe:
     warmup: int = 100
     clip_norm: float = 1.0
     object_weight: float = 2.0  # added to the weight 1 of a cell, times its share of object pixels
-    processes: int = 2
-
     coarse_every: int = 4  # from half of the tower steps on, every so many steps use coarser words
+    processes: int = 2
 
     def vocabulary_at(self, step: int) -> int:
         """Which of `training_vocabularies` a step uses: 0 all words, 1 by shape, 2 by colour."""

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from errseg.data.overlay import draw_overlay, palette
+from errseg.data.overlay import draw_overlay
 from errseg.data.toy.scenes import COLOUR_CENTRES
 from errseg.data.toy.vocabulary import (
     BACKGROUNDS,
@@ -33,6 +33,18 @@ _GROUND_COLOURS = {
     "tiles": (158, 196, 188),
     "gravel": (146, 140, 134),
 }
+_SHAPE_COLOURS = (
+    (31, 119, 180),
+    (255, 127, 14),
+    (120, 190, 60),
+    (250, 210, 50),
+    (148, 103, 189),
+    (140, 86, 75),
+    (214, 39, 40),
+    (240, 150, 200),
+    (60, 60, 70),
+    (23, 190, 207),
+)
 _INK, _FAINT_INK, _PAPER = (30, 30, 34), (96, 96, 102), (255, 255, 255)
 _GAP, _BAND = 10, 34
 
@@ -58,7 +70,7 @@ NATURAL_COLOURS = np.stack([_natural_colour(i) for i in range(len(WORDS))]).asty
 _GROUNDS = NATURAL_COLOURS[: len(BACKGROUNDS)]
 COLOUR_WORD_COLOURS = np.concatenate([_GROUNDS, COLOUR_CENTRES.astype(np.uint8)])
 """The same for `COLOUR_WORDS`."""
-SHAPE_WORD_COLOURS = np.concatenate([_GROUNDS, palette(len(SHAPES))])
+SHAPE_WORD_COLOURS = np.concatenate([_GROUNDS, np.array(_SHAPE_COLOURS, dtype=np.uint8)])
 """For `SHAPE_WORDS`: shapes have no colour of their own, so they get one each."""
 
 
