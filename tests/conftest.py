@@ -16,6 +16,8 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs the network is a wrong test
 os.environ.pop("ERRSEG_BACKEND", None)  # the order of backends is the tests' choice
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before the first `import triton`, which reads it
 
 TESTS = Path(__file__).parent
 OPS_TESTS = TESTS / "ops"
@@ -93,10 +95,12 @@ _CASE = "op and backend"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    from errseg import ops
+
     for item in items:
         named = re.fullmatch(r"test_(\w+)\.py", item.path.name)
         backend = getattr(item, "callspec", None) and item.callspec.params.get("backend")
-        if named and OPS_TESTS in item.path.parents and isinstance(backend, str):
+        if named and named[1] in ops.OPS and OPS_TESTS in item.path.parents and isinstance(backend, str):
             item.user_properties.append((_CASE, [named[1], backend]))
 
 
@@ -111,11 +115,7 @@ def _ran_all_ops_tests(session: pytest.Session) -> bool:
     """Whether this run was meant to execute every test of tests/ops."""
     config = session.config
     selecting = ("keyword", "markexpr", "lf", "deselect", "collectonly", "ignore", "ignore_glob", "stepwise")
-    if (
-        any(config.getoption(option, None) for option in selecting)
-        or session.shouldstop
-        or session.shouldfail
-    ):
+    if any(config.getoption(option, None) for option in selecting) or session.shouldstop or session.shouldfail:
         return False
     here = config.invocation_params.dir
     paths = [(here / arg).resolve() for arg in config.args if "::" not in arg]

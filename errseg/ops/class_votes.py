@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from errseg.ops import reference
+from errseg.ops import native, reference, triton_backend
 from errseg.ops.checks import expect, expect_floating
 from errseg.ops.contract import Op
 
@@ -20,6 +20,10 @@ OP = Op(
     reference=reference.class_votes,
     fake=_fake,
 )
+
+OP.register("cpu", native.cpu_backend("class_votes"))
+OP.register("cuda", native.cuda_backend("class_votes"))
+OP.register("triton", triton_backend.backend("class_votes"))
 
 
 def class_votes(image_embeddings: Tensor, text_embeddings: Tensor, *, backend: str | None = None) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from errseg.ops import reference
+from errseg.ops import native, reference, triton_backend
 from errseg.ops.checks import expect, expect_class_ids, expect_floating
 from errseg.ops.contract import Op
 
@@ -15,12 +15,20 @@ def _fake(logits: Tensor, class_ids: Tensor, height: int, width: int) -> tuple[T
     return logits.new_empty(shape, dtype=torch.int32), logits.new_empty(shape, dtype=reference.score_dtype(logits))
 
 
+def _triton_can_run(logits: Tensor, class_ids: Tensor, height: int, width: int) -> str | None:
+    return triton_backend.sides_fit(*logits.shape[2:], height, width)
+
+
 OP = Op(
     "upsample_argmax",
     "(Tensor logits, Tensor class_ids, int height, int width) -> (Tensor, Tensor)",
     reference=reference.upsample_argmax,
     fake=_fake,
 )
+
+OP.register("cpu", native.cpu_backend("upsample_argmax"))
+OP.register("cuda", native.cuda_backend("upsample_argmax"))
+OP.register("triton", triton_backend.backend("upsample_argmax", can_run=_triton_can_run))
 
 
 def upsample_argmax(

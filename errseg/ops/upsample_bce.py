@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from errseg.ops import reference
+from errseg.ops import native, reference, triton_backend
 from errseg.ops.checks import expect, expect_class_ids, expect_floating
 from errseg.ops.contract import Op
 
@@ -21,6 +23,29 @@ OP = Op(
     reference=reference.upsample_bce,
     fake=_fake,
     differentiable=("logits",),
+)
+
+
+def _fake_saved(logits: Tensor, *rest: object) -> tuple[Tensor]:
+    return (logits.new_empty(logits.shape, dtype=reference.score_dtype(logits)),)
+
+
+def _backward(grad: Tensor, logits: Tensor, *rest: Any) -> list[Tensor]:
+    gradient = rest[-2]  # of the loss, saved by the forward pass in float32 or better
+    return [(grad * gradient).to(logits.dtype)]
+
+
+def _triton_can_run(logits: Tensor, class_ids: Tensor, target: Tensor, *rest: object) -> str | None:
+    return triton_backend.sides_fit(*logits.shape[2:], *target.shape[1:])
+
+
+OP.register("cpu", native.cpu_backend("upsample_bce", saved=("gradient",), fake_saved=_fake_saved, backward=_backward))
+OP.register(
+    "cuda", native.cuda_backend("upsample_bce", saved=("gradient",), fake_saved=_fake_saved, backward=_backward)
+)
+OP.register(
+    "triton",
+    triton_backend.backend("upsample_bce", saved=("gradient",), fake_saved=_fake_saved, can_run=_triton_can_run),
 )
 
 

@@ -26,6 +26,7 @@ _HOMES = {
     "assert_no_allocation_larger_than": "memory",
     "forbid_host_syncs": "memory",
     "measure_peak_memory": "memory",
+    "poisoned_memory": "memory",
     "random_class_ids": "inputs",
     "random_decoder_weights": "inputs",
     "random_features": "inputs",

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import resource
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -274,3 +277,37 @@ def measure_peak_memory(
         raise AssertionError(f"the measured process ended with {done.returncode}:\n{done.stderr}")
     stdout, _, last = done.stdout.rstrip("\n").rpartition("\n")
     return PeakMemory(**json.loads(last), stdout=stdout.rstrip("\n"))
+
+
+def _poisoning(allocate: Any) -> Any:
+    @functools.wraps(allocate)
+    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
+        tensor = allocate(*args, **kwargs)
+        if tensor.device.type == "meta":
+            return tensor
+        if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
+            return tensor.detach().fill_(float("nan")).requires_grad_(tensor.requires_grad)
+        return tensor.fill_(True if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).max)
+
+    return poisoned
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """A context in which new memory holds NaN or the largest integer, so that an unwritten tail is seen.
+
+    Covers torch.empty and its kin in Python; what PyTorch's operators and libraries allocate is poisoned through
+    PyTorch's deterministic mode, which only warns of operators that have no deterministic form.
+    """
+    before = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
+    patches: list[tuple[Any, str]] = [(torch, name) for name in ("empty", "empty_like", "empty_strided")]
+    patches += [(Tensor, name) for name in ("new_empty", "new_empty_strided")]
+    with contextlib.ExitStack() as stack, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")
+        for owner, name in patches:
+            stack.enter_context(patch.object(owner, name, _poisoning(getattr(owner, name))))
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])

@@ -15,10 +15,15 @@ from errseg.testing.samples import Sample
 HALF = (torch.bfloat16, torch.float16)
 
 
-def on_backends(op: str) -> pytest.MarkDecorator:
-    """Run a test on every backend of ``op`` that runs on this machine."""
-    reasons = ops.backends()[op]
-    return pytest.mark.parametrize("backend", [b for b, why in reasons.items() if why in (None, "interpreted")])
+def on_backends(op: str, without: tuple[str, ...] = ()) -> pytest.MarkDecorator:
+    """Run a test on every backend of ``op`` that runs on this machine, but for those in ``without``."""
+    running = [b for b, why in ops.backends()[op].items() if why in (None, "interpreted")]
+    return pytest.mark.parametrize("backend", [b for b in running if b not in without])
+
+
+def interpreted(op: str, backend: str) -> bool:
+    """Whether a backend is so slow here that a test should take the smallest size that still tells."""
+    return ops.OPS[op].why_not(backend) == "interpreted"
 
 
 def gradients(call: Callable[[Sample], Any], sample: Sample) -> list[Tensor]:

@@ -9,30 +9,11 @@ from torch import Tensor
 
 from errseg import ops
 from errseg.testing import assert_close, assert_within_eager_error, rms_error
-from errseg.testing.published_decoder import ClassBlock
-from errseg.testing.samples import Sample, Sizes, sample
+from errseg.testing.published_ops import published
+from errseg.testing.samples import Sizes, sample
 from tests.ops.cases import HALF, gradcheck, gradients, on_backends
 
 backends = on_backends("class_attention")
-
-
-def published(call: Sample) -> Tensor:
-    """Average pooling, text repeated for every pixel and concatenated, attention, MLP, ReLU6."""
-    x, text, p = call.args
-    batch, classes, height, width, channels = x.shape
-    block = ClassBlock(channels, call.kwargs["num_heads"], p.mlp.fc1_weight.shape[0], 0.0)
-    tensors = {"norm1.weight": p.norm_weight, "norm1.bias": p.norm_bias}
-    for layer in ("q", "k", "v", "proj"):
-        tensors |= {f"attention.{layer}.{kind}": getattr(p, f"{layer}_{kind}") for kind in ("weight", "bias")}
-    tensors |= {"norm2.weight": p.mlp.norm_weight, "norm2.bias": p.mlp.norm_bias}
-    for layer in ("fc1", "fc2", "fc3"):
-        tensors |= {f"mlp.{layer}.{kind}": getattr(p.mlp, f"{layer}_{kind}") for kind in ("weight", "bias")}
-    pooled = F.avg_pool2d(x.permute(0, 1, 4, 2, 3).flatten(0, 1), 2)
-    height, width = pooled.shape[2:]
-    tokens = pooled.unflatten(0, (batch, classes)).permute(0, 3, 4, 1, 2).flatten(0, 2)  # [B h w, K, C]
-    repeated = text[:, None, None].expand(-1, height, width, -1, -1).flatten(0, 2)
-    out = torch.func.functional_call(block, tensors, (tokens, repeated))
-    return out.reshape(batch, height, width, classes, channels).permute(0, 3, 1, 2, 4)
 
 
 SIZES = [

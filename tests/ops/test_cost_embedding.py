@@ -6,25 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from errseg import ops
 from errseg.testing import assert_close, assert_within_eager_error
-from errseg.testing.samples import Sample, Sizes, sample
+from errseg.testing.published_ops import published
+from errseg.testing.samples import Sizes, sample
 from tests.ops.cases import HALF, gradcheck, on_backends
 
 backends = on_backends("cost_embedding")
-
-
-def published(call: Sample) -> Tensor:
-    """Both 7x7 convolutions to E channels, mean at 1/16, then the 1x1, as published."""
-    cost16, cost32, p = call.args
-    fine = F.conv2d(cost16.flatten(0, 1)[:, None], p.conv16_weight, p.conv16_bias, padding=3)
-    coarse = F.conv2d(cost32.flatten(0, 1)[:, None], p.conv32_weight, p.conv32_bias, padding=3)
-    coarse = F.interpolate(coarse, size=fine.shape[2:], mode="bilinear", align_corners=False)
-    out = F.conv2d((fine + coarse) / 2, p.fusion_weight, p.fusion_bias)
-    return out.permute(0, 2, 3, 1).unflatten(0, cost16.shape[:2])
 
 
 SIZES: list[Any] = [

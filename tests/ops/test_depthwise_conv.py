@@ -4,23 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from errseg import ops
 from errseg.testing import assert_close, assert_within_eager_error
+from errseg.testing.published_ops import published
 from errseg.testing.samples import Sample, Sizes, sample
 from tests.ops.cases import HALF, gradcheck, gradients, on_backends
 
 backends = on_backends("depthwise_conv")
-
-
-def published(call: Sample) -> Tensor:
-    x, weight, bias, residual, mask = call.args
-    image = x.permute(0, 1, 4, 2, 3).flatten(0, 1).contiguous()
-    out = F.conv2d(image, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
-    out = out.unflatten(0, x.shape[:2]).permute(0, 1, 3, 4, 2)
-    return residual + (out if mask is None else out * mask[:, :, None, None, None])
 
 
 @backends

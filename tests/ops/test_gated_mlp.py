@@ -5,21 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from errseg import ops
 from errseg.testing import assert_close, assert_within_eager_error
+from errseg.testing.published_ops import published
 from errseg.testing.samples import Sample, Sizes, sample
 from tests.ops.cases import HALF, gradcheck, gradients, on_backends
 
 backends = on_backends("gated_mlp")
-
-
-def published(call: Sample) -> Tensor:
-    x, p = call.args
-    z = F.layer_norm(x, x.shape[-1:], p.norm_weight, p.norm_bias)
-    gate, value = F.linear(z, p.fc1_weight, p.fc1_bias), F.linear(z, p.fc2_weight, p.fc2_bias)
-    return F.linear(F.relu6(gate) * value, p.fc3_weight, p.fc3_bias)
 
 
 @backends

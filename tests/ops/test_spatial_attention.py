@@ -4,30 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from errseg import ops
 from errseg.testing import assert_close, assert_within_eager_error
-from errseg.testing.published_decoder import SpatialAttention
-from errseg.testing.samples import Sample, Sizes, sample
+from errseg.testing.published_ops import published
+from errseg.testing.samples import Sizes, sample
 from tests.ops.cases import HALF, gradcheck, gradients, on_backends
 
 backends = on_backends("spatial_attention")
-
-
-def published(call: Sample) -> Tensor:
-    """Guidance repeated for every class and concatenated, two strided convolutions, three LayerNorms."""
-    x, guidance, p = call.args
-    height, width, channels = x.shape[2:]
-    block = SpatialAttention(channels, call.kwargs["num_heads"])
-    tensors = {name.replace("_weight", ".weight").replace("_bias", ".bias"): t for name, t in vars(p).items()}
-    gamma, beta = tensors.pop("norm.weight"), tensors.pop("norm.bias")
-    tokens = x.flatten(0, 1).flatten(1, 2)
-    z = nn.functional.layer_norm(tokens, (channels,), gamma, beta)
-    repeated = guidance[:, None].expand_as(x).flatten(0, 1).flatten(1, 2)
-    out = torch.func.functional_call(block, tensors, (z, repeated, (height, width))).reshape(x.shape)
-    mask = call.kwargs["drop_path"]
-    return x + (out if mask is None else out * mask[:, :, None, None, None])
 
 
 SIZES = [

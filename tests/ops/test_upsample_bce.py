@@ -9,9 +9,13 @@ from errseg import ops
 from errseg.model.decoder import DecoderOutput
 from errseg.testing import assert_close, published_loss
 from errseg.testing.samples import Sizes, sample
-from tests.ops.cases import HALF, gradcheck, on_backends
+from tests.ops.cases import HALF, gradcheck, interpreted, on_backends
 
 backends = on_backends("upsample_bce")
+
+
+def small(backend: str) -> Sizes:
+    return Sizes(height=3, width=4) if interpreted("upsample_bce", backend) else Sizes()
 
 
 @backends
@@ -49,7 +53,7 @@ def test_a_missed_class_costs_a_hundred_per_pixel(backend: str) -> None:
 
 @backends
 def test_ignored_pixels_count_as_negative_or_not_at_all(backend: str) -> None:
-    logits, ids, target = sample("upsample_bce").args
+    logits, ids, target = sample("upsample_bce", small(backend)).args
     nothing = torch.full_like(target, 255)
     softplus = torch.nn.functional.softplus(
         torch.nn.functional.interpolate(logits, size=target.shape[1:], mode="bilinear", align_corners=False)
@@ -67,7 +71,7 @@ def test_ignored_pixels_count_as_negative_or_not_at_all(backend: str) -> None:
 
 @backends
 def test_values_outside_the_vocabulary_count_as_ignored(backend: str) -> None:
-    logits, ids, target = sample("upsample_bce").args
+    logits, ids, target = sample("upsample_bce", small(backend)).args
     strange = target.where(target != 255, -1)
     stranger = target.where(target != 255, 11)
     losses = [
@@ -79,7 +83,7 @@ def test_values_outside_the_vocabulary_count_as_ignored(backend: str) -> None:
 @backends
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
 def test_targets_of_any_integer_type(dtype: torch.dtype, backend: str) -> None:
-    logits, ids, target = sample("upsample_bce").args
+    logits, ids, target = sample("upsample_bce", small(backend)).args
     losses = [ops.upsample_bce(logits, ids, t, vocabulary_size=11, backend=backend) for t in (target, target.to(dtype))]
     assert losses[0] == losses[1]
 

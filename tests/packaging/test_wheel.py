@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-CARRIED = ("errseg", "kernels", "bench", "csrc")
+CARRIED = ("errseg", "kernels", "bench", "csrc", "tests/golden")
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +36,8 @@ def build(*arguments: str, cwd: Path) -> None:
 
 def installed_name(path: Path) -> str:
     relative = path.relative_to(ROOT)
+    if relative.parts[0] == "tests":
+        relative = relative.relative_to("tests")
     return str(relative if relative.parts[0] == "errseg" else Path("errseg") / relative)
 
 
@@ -58,7 +60,8 @@ def test_installed_wheel_imports(wheel: Path, tmp_path: Path, from_root: bool) -
     code = (
         f"import sys; sys.path += {_dependencies()!r} + [{str(site)!r}]\n"
         "import errseg, errseg.kernels, errseg.bench, errseg.ops\n"
-        "print(errseg.__file__, errseg.kernels.__file__, sep='\\n')"
+        "from errseg.verify.golden import golden_folder\n"
+        "print(errseg.__file__, errseg.kernels.__file__, golden_folder(), sep='\\n')"
     )
     done = subprocess.run(
         [sys.executable, "-S", "-c", code],
@@ -69,8 +72,10 @@ def test_installed_wheel_imports(wheel: Path, tmp_path: Path, from_root: bool) -
     )
     assert done.returncode == 0, done.stderr
     # Started in the repository, the checkout comes first on the path and must find its own folders.
-    home, kernels = (ROOT, "kernels") if from_root else (site, "errseg/kernels")
-    expected = [home / "errseg" / "__init__.py", home / kernels / "__init__.py"]
+    home, kernels, golden = (ROOT, "kernels", "tests/golden")
+    if not from_root:
+        home, kernels, golden = (site, "errseg/kernels", "errseg/golden")
+    expected = [home / "errseg" / "__init__.py", home / kernels / "__init__.py", home / golden]
     assert [Path(line) for line in done.stdout.splitlines()] == expected
 
 

@@ -26,12 +26,8 @@ def upsample_argmax(logits: Tensor, class_ids: Tensor, height: int, width: int) 
     labels = class_ids.new_empty((batch, height, width), dtype=torch.int32)
     scores = probabilities.new_full((batch, height, width), -1.0)
     for start in range(0, num_classes, group):
-        maps = F.interpolate(
-            probabilities[:, start : start + group],
-            size=(height, width),
-            mode="bilinear",
-            align_corners=False,
-        )
+        some = probabilities[:, start : start + group]
+        maps = F.interpolate(some, size=(height, width), mode="bilinear", align_corners=False)
         best, row = maps.max(dim=1)  # the first of equal ones: the lowest id
         ids = class_ids[:, start : start + group].gather(1, row.flatten(1)).reshape(row.shape).to(torch.int32)
         better = best > scores

@@ -1,0 +1,58 @@
+#pragma once
+// One object file with several instruction sets: AVX-512, AVX2 and the baseline, chosen when the library is
+// loaded.
+#include <cstdint>
+#include <cstring>
+
+#define ERRSEG_INLINE inline __attribute__((always_inline))
+
+// gcc alone clones templates; sanitizers start after the resolvers that pick a clone would run.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && __GNUC__ >= 11 && \
+    !defined(__clang__) && !defined(__SANITIZE_ADDRESS__) && !defined(ERRSEG_NO_CLONES)
+#define ERRSEG_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define ERRSEG_CLONES
+#endif
+
+// Products and sums of a function are rounded one by one, in all of its loops and instruction sets alike:
+// equal inputs give equal results wherever they stand. clang wants it inside the body.
+#if defined(__clang__)
+#define ERRSEG_NO_CONTRACTION
+#define ERRSEG_NO_CONTRACTION_HERE _Pragma("clang fp contract(off)")
+#else
+#define ERRSEG_NO_CONTRACTION __attribute__((optimize("fp-contract=off")))
+#define ERRSEG_NO_CONTRACTION_HERE
+#endif
+
+namespace errseg {
+
+/// exp(x) for x <= 0 to 2 units in the last place, denormals included, in a form that loops vectorise; NaN
+/// stays NaN.
+ERRSEG_INLINE float exp_nonpositive(float x) {
+    x = x < -104.f ? -104.f : x;
+    const float shifted =
+        x * 1.442695041f + 12582912.f;  // 1.5 * 2^23 leaves the nearest integer in the low bits
+    const float n = shifted - 12582912.f;
+    float r = x - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.f;
+    int32_t exponent;
+    std::memcpy(&exponent, &shifted, 4);
+    exponent -= 0x4B400000;
+    // 2^n in two factors, since n may lie below the exponents of normal numbers.
+    const int32_t half = exponent >> 1;
+    const uint32_t first = static_cast<uint32_t>(half + 127) << 23;
+    const uint32_t second = static_cast<uint32_t>(exponent - half + 127) << 23;
+    float a, b;
+    std::memcpy(&a, &first, 4);
+    std::memcpy(&b, &second, 4);
+    return p * a * b;
+}
+
+}  // namespace errseg
