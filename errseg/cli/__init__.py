@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 import errseg
 from errseg.errors import ErrSegError
 
-COMMANDS = ("segment", "demo", "info")
+COMMANDS = ("segment", "demo", "info", "verify", "bench")
 
 USAGE_EXIT = 2
 INTERRUPT_EXIT = 130
