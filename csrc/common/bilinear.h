@@ -56,6 +56,13 @@ ERRSEG_CLONES void fold_phase(const S* __restrict in, const S* __restrict weight
     for (int64_t x = 0; x < n; ++x) row[x] += weight[x] * in[x];
 }
 
+/// kFactor runs of n values, one after the other, to one value of each in turn.
+template <int kFactor, typename T>
+ERRSEG_CLONES void interleave(const T* __restrict runs, int64_t n, T* __restrict out) {
+    for (int64_t x = 0; x < n; ++x)
+        for (int r = 0; r < kFactor; ++r) out[x * kFactor + r] = runs[r * n + x];
+}
+
 /// The columns of a map, in the order described above.
 template <typename S>
 class Columns {
@@ -79,10 +86,12 @@ class Columns {
     void restore(const T* ordered, T* plain) const {
         if (!factor_) {
             std::copy_n(ordered, out(), plain);
-            return;
+        } else if (factor_ == 4) {  // from a quarter of the image to the image
+            interleave<4>(ordered, axis_.in, plain);
+        } else {
+            for (int64_t x = 0; x < axis_.in; ++x)
+                for (int64_t r = 0; r < factor_; ++r) plain[x * factor_ + r] = ordered[r * axis_.in + x];
         }
-        for (int64_t x = 0; x < axis_.in; ++x)
-            for (int64_t r = 0; r < factor_; ++r) plain[x * factor_ + r] = ordered[r * axis_.in + x];
     }
 
     /// The way back: plain columns to the order.
@@ -135,18 +144,6 @@ class Columns {
   private:
     /// The first half of the phases looks at the column before.
     int64_t offset(int64_t phase) const { return 2 * phase + 1 < factor_ ? -1 : 0; }
-
-    /// Whether the width grows by an integer, and rounding has left all columns of a phase the same
-    /// neighbours.
-    bool has_phases() const {
-        if (factor_ < 1 || factor_ * in() != out()) return false;
-        for (int64_t o = 0; o < out(); ++o) {
-            const int64_t left = o / factor_ + offset(o % factor_);
-            const bool before = left < 0 && axis_.low[o] == 0 && axis_.high_weight[o] == 0;
-            if (!before && axis_.low[o] != left) return false;
-        }
-        return true;
-    }
 
     Axis<S> axis_;
     int64_t factor_;  // 0: no phases

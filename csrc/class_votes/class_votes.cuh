@@ -1,0 +1,488 @@
+// Votes of the pixels for the words: cosines on tensor cores, the best three words of every pixel in
+// registers.
+//
+// A block takes 64 pixels and streams its slice of the words past them, 128 at a time; nothing of T x P is
+// stored. What is multiplied are the embeddings as they are; the word's length divides the sum afterwards,
+// and the pixel's length does not change its ranks. So 16-bit inputs need one product per pair, exact in
+// float32. Wider inputs are split into three bfloat16 parts (8 + 8 + 8 bits, all of a float32) of which
+// the six leading products are summed; what is left out is below 2^-26 of |pixel| |word|, less than the sum's
+// own rounding.
+//
+// Equal words get equal scores wherever they stand: each column of a tensor-core product is summed in the
+// same order, and so is each word's length. Ranks are by score, then by lowest id, so votes do not depend on
+// how words are sliced.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <type_traits>
+
+#include "common/device.cuh"
+#include "common/mma.cuh"
+
+namespace errseg::class_votes {
+
+constexpr int kPixels = 64;  // per block
+constexpr int kWords = 128;  // at a time
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarpSize;
+constexpr int kWarpsAcross = 4;  // along the words; the other factor is along the pixels
+constexpr int kWarpPixels = 32, kWarpWords = 32;
+constexpr int kPixelPitch = kPixels + 8;          // ldmatrix without bank conflicts
+constexpr int kPixelVector = 2, kWordVector = 4;  // neighbours that a thread loads at once
+constexpr int kRanks = 3;
+constexpr float kSmallestLength = 1e-12f;
+constexpr size_t kScratchBytes = 32 << 20;
+
+static_assert(kWarpPixels * (kWarps / kWarpsAcross) == kPixels && kWarpWords * kWarpsAcross == kWords);
+
+enum class Number { kFloat32, kFloat64, kFloat16, kBFloat16 };
+
+struct Embeddings {
+    const void* data;
+    Number type;
+    bool aligned = false;  // to `kPixelVector` or `kWordVector` neighbours, set by `run`
+
+    template <typename T>
+    __device__ __forceinline__ const T* as() const {
+        return static_cast<const T*>(data);
+    }
+
+    bool aligned_to(int count, int row) const {
+        const int bytes = type == Number::kFloat64 ? 8 : type == Number::kFloat32 ? 4 : 2;
+        return row % count == 0 && reinterpret_cast<uintptr_t>(data) % (count * bytes) == 0;
+    }
+};
+
+struct Problem {
+    Embeddings pixels;  // [batch, channels, num_pixels]
+    Embeddings words;   // [num_words, channels]
+    int batch, channels, num_pixels, num_words;
+    unsigned long long* votes;  // [batch, num_words], zero on entry
+    void* scratch;              // Plan::scratch_bytes()
+};
+
+// How the work is cut: a launch takes some tiles of pixels, each with every slice of the words.
+struct Plan {
+    int tiles_per_image, tiles, tiles_per_launch;
+    int slices, words_per_slice;
+
+    Plan(const Problem& p, int multiprocessors) {
+        tiles_per_image = ceil_div(p.num_pixels, kPixels);
+        tiles = p.batch * tiles_per_image;
+        const int word_tiles = ceil_div(p.num_words, kWords);
+        // One wave of two blocks per multiprocessor.
+        const int wanted = std::clamp(2 * multiprocessors / std::max(1, tiles), 1, word_tiles);
+        const int word_tiles_per_slice = ceil_div(word_tiles, wanted);
+        words_per_slice = word_tiles_per_slice * kWords;
+        slices = ceil_div(word_tiles, word_tiles_per_slice);
+        const size_t most = std::max<size_t>(1, kScratchBytes / (slices * kPixels * kRanks * 8));
+        tiles_per_launch = static_cast<int>(std::min<size_t>(tiles, most));
+    }
+
+    // Places of `Candidates`: pixels of one launch.
+    size_t slots() const { return size_t(tiles_per_launch) * kPixels; }
+    size_t scratch_bytes() const { return slots() * slices * kRanks * (sizeof(float) + sizeof(int)); }
+};
+
+// The best words of every slice, [slices][kRanks][slots].
+struct Candidates {
+    float* scores;
+    int* ids;
+    size_t slots;
+
+    Candidates(void* scratch, const Plan& plan)
+        : scores(static_cast<float*>(scratch)),
+          ids(reinterpret_cast<int*>(scores + plan.slots() * plan.slices * kRanks)),
+          slots(plan.slots()) {}
+
+    __device__ __forceinline__ size_t at(int slice, int rank, size_t slot) const {
+        return (size_t(slice) * kRanks + rank) * slots + slot;
+    }
+};
+
+// The best three words seen so far: by score, the lowest id first among equals. No score is NaN.
+struct Top {
+    float scores[kRanks] = {-INFINITY, -INFINITY, -INFINITY};
+    int ids[kRanks] = {INT_MAX, INT_MAX, INT_MAX};
+
+    __device__ __forceinline__ bool beats(float score, int id, int rank) const {
+        return score > scores[rank] || (score == scores[rank] && id < ids[rank]);
+    }
+
+    __device__ __forceinline__ void set(int rank, float score, int id) {
+        scores[rank] = score, ids[rank] = id;
+    }
+
+    __device__ __forceinline__ void offer(float score, int id) {
+        if (!beats(score, id, 2)) return;
+        if (!beats(score, id, 1)) return set(2, score, id);
+        set(2, scores[1], ids[1]);
+        if (!beats(score, id, 0)) return set(1, score, id);
+        set(1, scores[0], ids[0]);
+        set(0, score, id);
+    }
+};
+
+template <typename T, int kCount>
+struct alignas(sizeof(T) * kCount) Neighbours {
+    T values[kCount];
+};
+
+template <typename To, typename T>
+__device__ __forceinline__ To convert(T value) {
+    if constexpr (std::is_same_v<To, T>) {
+        return value;
+    } else {
+        return static_cast<To>(widen(value));
+    }
+}
+
+// The first `valid` of kCount neighbours, zero beyond; in one access where `aligned` allows it.
+template <int kCount, typename To, typename T>
+__device__ __forceinline__ void load(To (&result)[kCount], const T* from, int valid, bool aligned) {
+    if (aligned && valid >= kCount) {
+        const auto values = *reinterpret_cast<const Neighbours<T, kCount>*>(from);
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) result[i] = convert<To>(values.values[i]);
+    } else {
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) result[i] = i < valid ? convert<To>(from[i]) : narrow<To>(0.0f);
+    }
+}
+
+// The leading part of some numbers, two to a register, which is removed from them: the parts add up to the
+// number.
+template <typename Part, int kCount>
+__device__ __forceinline__ void take_part(uint32_t (&packed)[kCount / 2], float (&values)[kCount]) {
+#pragma unroll
+    for (int i = 0; i < kCount; i += 2) {
+        const Part low = narrow<Part>(values[i]), high = narrow<Part>(values[i + 1]);
+        packed[i / 2] = pack(low, high);
+        values[i] -= widen(low), values[i + 1] -= widen(high);
+    }
+}
+
+// Of numbers that are their only part.
+template <typename Part, int kCount>
+__device__ __forceinline__ void take_part(uint32_t (&packed)[kCount / 2], Part (&values)[kCount]) {
+#pragma unroll
+    for (int i = 0; i < kCount; i += 2) packed[i / 2] = pack(values[i], values[i + 1]);
+}
+
+constexpr int kPixelTiles = kWarpPixels / 16, kWordTiles = kWarpWords / 8;  // of one warp, m16n8k16
+// A thread has two rows of each product, so it ranks words for that many pixels.
+constexpr int kLists = kPixelTiles * 2;
+
+// How the numbers are multiplied: as one Part, or as the sum of three.
+template <typename T, int kCount>
+struct Split {
+    using Part = T;
+    static constexpr int kParts = kCount;
+    // Channels at a time. Three parts leave fewer registers for the tile that waits.
+    static constexpr int kDepth = kParts == 1 ? 32 : 16;
+    static constexpr int kWordPitch = kDepth + 8;
+    static constexpr int kWordLanes = kDepth / 4;  // threads that load one word
+};
+
+// The block's tiles of 64 pixels and 128 words, kDepth channels deep, in kParts parts; and every thread's
+// best words, which are touched once per tile of words and would take 24 registers.
+template <typename How>
+struct Shared {
+    using Part = typename How::Part;
+    Part* pixels;       // [kParts][kDepth][kPixelPitch]
+    Part* words;        // [kParts][kWords][kWordPitch]
+    float* scales;      // [kWords], one over the word's length
+    float* top_scores;  // [kLists][kRanks][kThreads]
+    int* top_ids;       // likewise
+
+    static constexpr size_t kPixelNumbers = size_t(How::kParts) * How::kDepth * kPixelPitch;
+    static constexpr size_t kWordNumbers = size_t(How::kParts) * kWords * How::kWordPitch;
+    static constexpr size_t kTopNumbers = size_t(kLists) * kRanks * kThreads;
+    static constexpr size_t kBytes = (kPixelNumbers + kWordNumbers) * sizeof(Part) + kWords * sizeof(float) +
+                                     kTopNumbers * (sizeof(float) + sizeof(int));
+
+    __device__ explicit Shared(char* memory)
+        : pixels(reinterpret_cast<Part*>(memory)),
+          words(pixels + kPixelNumbers),
+          scales(reinterpret_cast<float*>(words + kWordNumbers)),
+          top_scores(scales + kWords),
+          top_ids(reinterpret_cast<int*>(top_scores + kTopNumbers)) {}
+
+    __device__ __forceinline__ Top load_top(int list, int thread) const {
+        Top top;
+#pragma unroll
+        for (int r = 0; r < kRanks; ++r) {
+            const int at = (list * kRanks + r) * kThreads + thread;
+            top.set(r, top_scores[at], top_ids[at]);
+        }
+        return top;
+    }
+
+    __device__ __forceinline__ void store_top(int list, int thread, const Top& top) const {
+#pragma unroll
+        for (int r = 0; r < kRanks; ++r) {
+            const int at = (list * kRanks + r) * kThreads + thread;
+            top_scores[at] = top.scores[r], top_ids[at] = top.ids[r];
+        }
+    }
+};
+
+// What one thread brings from global to shared memory: pairs of pixels in four channels, and four channels of
+// four words. The next tile waits in registers while the tensor cores work on this one.
+template <typename How>
+struct Stage {
+    using Part = typename How::Part;
+    static constexpr int kParts = How::kParts, kDepth = How::kDepth, kWordPitch = How::kWordPitch;
+    static constexpr int kPixelRows = kDepth / kWarps, kWordRows = kWords * How::kWordLanes / kThreads;
+    using Number = std::conditional_t<kParts == 1, Part, float>;
+    Number pixels[kPixelRows][kPixelVector];
+    Number words[kWordRows][kWordVector];
+
+    template <typename T>
+    __device__ __forceinline__ void load_pixels(const Problem& p, const T* image, int first_pixel,
+                                                int channel) {
+        const int pixel = first_pixel + 2 * (threadIdx.x % kWarpSize);
+        int d = channel + threadIdx.x / kWarpSize;
+        const T* from = image + size_t(d) * p.num_pixels + pixel;
+#pragma unroll
+        for (int i = 0; i < kPixelRows; ++i, d += kWarps, from += size_t(kWarps) * p.num_pixels)
+            load(pixels[i], from, d < p.channels ? p.num_pixels - pixel : 0, p.pixels.aligned);
+    }
+
+    template <typename T>
+    __device__ __forceinline__ void load_words(const Problem& p, const T* all, int first_word, int channel) {
+        const int d = channel + threadIdx.x % How::kWordLanes * 4;
+        constexpr int kStep = kThreads / How::kWordLanes;
+        int word = first_word + word_row(0);
+        const T* from = all + size_t(word) * p.channels + d;
+#pragma unroll
+        for (int i = 0; i < kWordRows; ++i, word += kStep, from += size_t(kStep) * p.channels)
+            load(words[i], from, word < p.num_words ? p.channels - d : 0, p.words.aligned);
+    }
+
+    __device__ __forceinline__ static int word_row(int i) {
+        return threadIdx.x / How::kWordLanes + i * (kThreads / How::kWordLanes);
+    }
+
+    // Also adds the squares to `squares`.
+    __device__ __forceinline__ void store(const Shared<How>& shared, float (&squares)[kWordRows]) {
+#pragma unroll
+        for (int i = 0; i < kWordRows; ++i)
+#pragma unroll
+            for (int c = 0; c < 4; ++c)
+                squares[i] = std::fma(widen(words[i][c]), widen(words[i][c]), squares[i]);
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+            for (int i = 0; i < kPixelRows; ++i) {
+                uint32_t packed[1];
+                take_part<Part>(packed, pixels[i]);
+                const int row = part * kDepth + threadIdx.x / kWarpSize + i * kWarps;
+                Part* to = shared.pixels + row * kPixelPitch + 2 * (threadIdx.x % kWarpSize);
+                *reinterpret_cast<uint32_t*>(to) = packed[0];
+            }
+#pragma unroll
+            for (int i = 0; i < kWordRows; ++i) {
+                uint32_t packed[2];
+                take_part<Part>(packed, words[i]);
+                Part* to = shared.words + (part * kWords + word_row(i)) * kWordPitch +
+                           threadIdx.x % How::kWordLanes * 4;
+                *reinterpret_cast<uint2*>(to) = {packed[0], packed[1]};
+            }
+        }
+    }
+};
+
+// The types that may come: with one part the tensor cores' own, else any.
+template <typename How, typename Body>
+__device__ __forceinline__ void visit(Number type, const Body& body) {
+    if constexpr (How::kParts == 1) {
+        body(typename How::Part{});
+    } else {
+        switch (type) {
+            case Number::kFloat32:
+                return body(float{});
+            case Number::kFloat64:
+                return body(double{});
+            case Number::kFloat16:
+                return body(half{});
+            case Number::kBFloat16:
+                return body(bf16{});
+        }
+    }
+}
+
+// Adds the products of one warp's 32 pixels and 32 words over the kDepth channels in shared memory.
+template <typename How>
+__device__ __forceinline__ void multiply(const Shared<How>& shared,
+                                         float (&sums)[kPixelTiles][kWordTiles][4]) {
+    using Part = typename How::Part;
+    constexpr int kParts = How::kParts, kDepth = How::kDepth, kWordPitch = How::kWordPitch;
+    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+    const int matrix = lane / 8, row = lane % 8;
+    const Part* pixels = shared.pixels + (row + matrix / 2 * 8) * kPixelPitch +
+                         warp / kWarpsAcross * kWarpPixels + matrix % 2 * 8;
+    const Part* words = shared.words +
+                        (row + matrix / 2 * 8 + warp % kWarpsAcross * kWarpWords) * kWordPitch +
+                        matrix % 2 * 8;
+#pragma unroll 1  // both steps at once would need more registers than two blocks per multiprocessor leave
+    for (int depth = 0; depth < kDepth; depth += 16) {
+        uint32_t a[kParts][kPixelTiles][4];
+#pragma unroll
+        for (int part = 0; part < kParts; ++part)
+#pragma unroll
+            for (int m = 0; m < kPixelTiles; ++m)
+                ldmatrix<4, true>(a[part][m], pixels + (part * kDepth + depth) * kPixelPitch + m * 16);
+#pragma unroll
+        for (int n = 0; n < kWordTiles; n += 2) {
+            uint32_t b[kParts][4];
+#pragma unroll
+            for (int part = 0; part < kParts; ++part)
+                ldmatrix<4>(b[part], words + (part * kWords + n * 8) * kWordPitch + depth);
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                // Tensor cores cut off what does not fit a sum, so long sums are kept outside of them.
+                float fresh[kPixelTiles][4] = {};
+#pragma unroll
+                for (int order = kParts - 1; order >= 0; --order)  // the small products first
+#pragma unroll
+                    for (int part = order; part >= 0; --part)
+#pragma unroll
+                        for (int m = 0; m < kPixelTiles; ++m) {
+                            const uint32_t right[2] = {b[order - part][2 * h], b[order - part][2 * h + 1]};
+                            mma_m16n8k16<Part>(fresh[m], a[part][m], right);
+                        }
+#pragma unroll
+                for (int m = 0; m < kPixelTiles; ++m)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) sums[m][n + h][i] += fresh[m][i];
+            }
+        }
+    }
+}
+
+template <typename How>
+__global__ void __launch_bounds__(kThreads, 2)
+    class_votes_kernel(Problem p, Plan plan, int first_tile, Candidates candidates) {
+    const Shared<How> shared(dynamic_shared());
+    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+    const int tile = first_tile + blockIdx.x, image = tile / plan.tiles_per_image;
+    const int first_pixel = (tile - image * plan.tiles_per_image) * kPixels;
+    const int slice_begin = blockIdx.y * plan.words_per_slice;
+    const int slice_end = min(slice_begin + plan.words_per_slice, p.num_words);
+
+    Stage<How> stage;
+    const auto fetch = [&](int first_word, int channel) {
+        visit<How>(p.pixels.type, [&](auto number) {
+            const auto* all = p.pixels.as<decltype(number)>();
+            stage.load_pixels(p, all + size_t(image) * p.channels * p.num_pixels, first_pixel, channel);
+        });
+        visit<How>(p.words.type, [&](auto number) {
+            stage.load_words(p, p.words.as<decltype(number)>(), first_word, channel);
+        });
+    };
+
+    for (int list = 0; list < kLists; ++list) shared.store_top(list, threadIdx.x, Top());
+    fetch(slice_begin, 0);
+    for (int first_word = slice_begin; first_word < slice_end; first_word += kWords) {
+        float sums[kPixelTiles][kWordTiles][4] = {};
+        float squares[Stage<How>::kWordRows] = {};
+        for (int channel = 0; channel < p.channels; channel += How::kDepth) {
+            __syncthreads();
+            stage.store(shared, squares);
+            __syncthreads();
+            const bool more = channel + How::kDepth < p.channels;
+            if (more || first_word + kWords < slice_end)
+                fetch(more ? first_word : first_word + kWords, more ? channel + How::kDepth : 0);
+            multiply(shared, sums);
+        }
+
+#pragma unroll
+        for (int i = 0; i < Stage<How>::kWordRows; ++i) {
+            const float length = std::sqrt(warp_sum<How::kWordLanes>(squares[i]));
+            const float scale = 1.0f / (length > kSmallestLength ? length : kSmallestLength);
+            if (threadIdx.x % How::kWordLanes == 0) shared.scales[stage.word_row(i)] = scale;
+        }
+        __syncthreads();
+#pragma unroll
+        for (int list = 0; list < kLists; ++list) {
+            Top top = shared.load_top(list, threadIdx.x);
+#pragma unroll
+            for (int n = 0; n < kWordTiles; ++n)
+#pragma unroll
+                for (int c = 0; c < 2; ++c) {
+                    const int word = warp % kWarpsAcross * kWarpWords + n * 8 + lane % 4 * 2 + c;
+                    const float score = sums[list / 2][n][list % 2 * 2 + c] * shared.scales[word];
+                    if (first_word + word < slice_end) top.offer(score, first_word + word);
+                }
+            shared.store_top(list, threadIdx.x, top);
+        }
+        __syncthreads();
+    }
+
+    // Four lanes of four warps have each seen other words of the same pixel.
+    if (threadIdx.x >= kPixels || first_pixel + int(threadIdx.x) >= p.num_pixels) return;
+    const int pixel = threadIdx.x % kWarpPixels, first_warp = threadIdx.x / kWarpPixels * kWarpsAcross;
+    Top top;
+    for (int across = 0; across < kWarpsAcross; ++across)
+        for (int quarter = 0; quarter < 4; ++quarter) {
+            const int thread = (first_warp + across) * kWarpSize + pixel % 8 * 4 + quarter;
+            const Top other = shared.load_top(pixel / 8, thread);
+            for (int r = 0; r < kRanks; ++r) top.offer(other.scores[r], other.ids[r]);
+        }
+#pragma unroll
+    for (int r = 0; r < kRanks; ++r) {
+        const size_t at = candidates.at(blockIdx.y, r, size_t(blockIdx.x) * kPixels + threadIdx.x);
+        candidates.scores[at] = top.scores[r];
+        candidates.ids[at] = top.ids[r];
+    }
+}
+
+// Merges the slices and counts; integer sums know no order.
+__global__ void __launch_bounds__(kThreads)
+    class_votes_count_kernel(Problem p, Plan plan, int first_tile, int tiles, Candidates candidates) {
+    const int slot = blockIdx.x * kThreads + threadIdx.x;
+    if (slot >= tiles * kPixels) return;
+    const int tile = first_tile + slot / kPixels, image = tile / plan.tiles_per_image;
+    const int pixel = (tile - image * plan.tiles_per_image) * kPixels + slot % kPixels;
+    if (pixel >= p.num_pixels) return;
+    Top top;
+    for (int slice = 0; slice < plan.slices; ++slice)
+        for (int r = 0; r < kRanks; ++r) {
+            const size_t at = candidates.at(slice, r, slot);
+            top.offer(candidates.scores[at], candidates.ids[at]);
+        }
+    constexpr unsigned long long kVotes[kRanks] = {100, 10, 1};
+#pragma unroll
+    for (int r = 0; r < kRanks; ++r)
+        if (top.ids[r] < p.num_words)
+            atomicAdd(&p.votes[size_t(image) * p.num_words + top.ids[r]], kVotes[r]);
+}
+
+template <typename How>
+cudaError_t run_split(const Problem& p, const Plan& plan, cudaStream_t stream) {
+    const Candidates candidates(p.scratch, plan);
+    for (int first = 0; first < plan.tiles; first += plan.tiles_per_launch) {
+        const int tiles = std::min(plan.tiles_per_launch, plan.tiles - first);
+        cudaError_t error = launch(class_votes_kernel<How>, dim3(tiles, plan.slices), kThreads,
+                                   Shared<How>::kBytes, stream, p, plan, first, candidates);
+        if (error != cudaSuccess) return error;
+        error = launch(class_votes_count_kernel, ceil_div(tiles * kPixels, kThreads), kThreads, 0, stream, p,
+                       plan, first, tiles, candidates);
+        if (error != cudaSuccess) return error;
+    }
+    return cudaSuccess;
+}
+
+// Needs at least one word; `plan` made for this problem.
+inline cudaError_t run(Problem p, const Plan& plan, cudaStream_t stream) {
+    p.pixels.aligned = p.pixels.aligned_to(kPixelVector, p.num_pixels);
+    p.words.aligned = p.words.aligned_to(kWordVector, p.channels);
+    const Number type = p.pixels.type;
+    if (type == p.words.type && type == Number::kBFloat16) return run_split<Split<bf16, 1>>(p, plan, stream);
+    if (type == p.words.type && type == Number::kFloat16) return run_split<Split<half, 1>>(p, plan, stream);
+    return run_split<Split<bf16, 3>>(p, plan, stream);
+}
+
+}  // namespace errseg::class_votes
