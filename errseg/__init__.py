@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from errseg import ops as ops
     from errseg import testing as testing
+    from errseg import verify as verify
     from errseg.errors import ErrSegError as ErrSegError
     from errseg.model.clip import DenseCLIP as DenseCLIP
     from errseg.model.clip import DenseFeatures as DenseFeatures
@@ -34,7 +35,7 @@ _HOME_OF = {
     "Vocabulary": "errseg.vocabulary",
     "create_model": "errseg.model.errseg",
 }
-_SUBMODULES = ("ops", "testing")
+_SUBMODULES = ("ops", "testing", "verify")
 
 __all__ = [*_HOME_OF, *_SUBMODULES, "__version__"]
 
