@@ -177,7 +177,7 @@ for _dtype, _precision, _tile, _warps, _stages in (
         },
         _warps,
         _stages,
-        max_registers=160 if _dtype == torch.float64 else None,
+        max_registers=255 if _dtype == torch.float64 else None,
     )
     CONFIGS[f"norm {_dtype}"] = Config(
         _class_votes_norm_kernel,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -362,12 +363,18 @@ def evaluate(case: Case, call: Sample, how: Callable[[Sample], Any]) -> Outcome:
     first = results["result"]
     cotangent = torch.randn(first.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
     if first.ndim == 0:
-        cotangent = torch.ones(())
+        cotangent = torch.tensor(_loss_scale(call))
     gradients: Sequence[Tensor | None] = [None] * len(wanted)
     if first.requires_grad:
         cotangent = cotangent.to(first)
         gradients = torch.autograd.grad(first, list(wanted.values()), cotangent, allow_unused=True)
     return Outcome({"result": first.detach()}, dict(zip(wanted, gradients, strict=True)))
+
+
+def _loss_scale(call: Sample) -> float:
+    """A power of two that undoes the mean of a loss, as a gradient scaler would: float16 has no smaller numbers."""
+    target = call.args[2]
+    return 2.0 ** round(math.log2(max(1, target.numel()) * call.kwargs["vocabulary_size"]))
 
 
 def leaf_names(call: Sample) -> list[str]:
