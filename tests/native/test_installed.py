@@ -31,6 +31,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     skipped = [name for name in skipped if name not in ("common", "class_votes")]
     for name in ("errseg", "kernels", "bench"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "_native_*"))
+    shutil.copytree(ROOT / "tests" / "golden", source / "tests" / "golden")
     shutil.copytree(ROOT / "csrc", source / "csrc", ignore=shutil.ignore_patterns(*skipped))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
