@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,8 +17,9 @@ import errseg
 from errseg import ops
 from errseg.errors import ErrSegError
 from errseg.ops.contract import INTERPRETED
+from errseg.testing.compare import relative_error
 from errseg.testing.published_decoder import PublishedDecoder, published_loss
-from errseg.verify.checks import Check, compare_errors, compare_exactly, failed
+from errseg.verify.checks import FACTOR, Check, compare_errors, compare_exactly, failed
 from errseg.verify.rows import Row, dtype_name
 
 INPUTS = ("os4", "os8", "os16", "os32", "feat_os16", "feat_os32")
@@ -48,12 +50,14 @@ def _load(name: str) -> dict[str, Tensor]:
 
 def golden_tasks(backends: list[str], device: torch.device, quick: bool) -> list[tuple[str, Callable[[], list[Row]]]]:
     """One task per comparison; backends that some op of the decoder has and that run on this device."""
+    from errseg.verify.runner import elsewhere
+
     tasks: list[tuple[str, Callable[[], list[Row]]]] = []
     for backend in backends:
         reasons = [op.why_not(backend) for op in ops.OPS.values() if backend in op.backends]
         interpreted = INTERPRETED in reasons
-        home = {"reference": device.type, "cpu": "cpu", "cuda": "cuda", "triton": "cpu" if interpreted else "cuda"}
-        if home[backend] != device.type or not any(reason in (None, INTERPRETED) for reason in reasons):
+        away = not interpreted and elsewhere(backend, device) is not None
+        if away or not any(reason in (None, INTERPRETED) for reason in reasons):
             continue
         # Quick and interpreted: one evaluation is enough to see every kernel inside the model.
         evaluations = EVALUATIONS[-1:] if quick and interpreted else EVALUATIONS
@@ -156,13 +160,15 @@ def _training(dtype: torch.dtype, device: torch.device) -> list[Check]:
     truth = {"loss": values["loss"]} | {f"grad {k.removeprefix('grad.')}": v for k, v in values.items() if "grad." in k}
     truth |= {f"grad {key}": value for key, value in exact.items()}
     truth["grad text"] = truth["grad text"][:, 0]
+    # Long sums in another order: how much eager errs in one tensor is a matter of luck, over all of them it is not.
+    worst = max(relative_error(eager[name], truth[name]) for name in mine if not name.endswith(VANISHING))
+    roundings = max(32, math.ceil(2 * FACTOR * worst / torch.finfo(dtype).eps))
     for name in mine:
         if name.endswith(VANISHING):
             largest = mine[name].abs().max().item()
             found.append(Check(name, "absolute", largest, torch.finfo(dtype).eps))
         else:
-            # Long sums in another order: eager's own float32 error there is a matter of luck.
-            found += compare_errors(name, mine[name], eager[name], truth[name].double(), roundings=32)
+            found += compare_errors(name, mine[name], eager[name], truth[name].double(), roundings=roundings)
     return found
 
 
