@@ -14,7 +14,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 usage() {
     sed -n '2,8s/^# \{0,1\}//p' bench/gpu.sh
     cat <<'EOF'
-Stages: 1 machine card, native libraries, quick verify   2 tests, GPU cases included   3 ops   4 head, post, loss
+Stages: 1 machine card, native libraries, quick verify   2 tests, GPU cases included   3 ops   4 blocks, head, post, loss
         5 model   6 train   7 compute-sanitizer   8 determinism over 20 runs
 EOF
 }
@@ -146,6 +146,8 @@ stage_3() {
     done
 }
 stage_4() {
+    step bench-blocks bench rrhc spatial_block class_block --dtype float32,bfloat16,autocast-bfloat16
+    step bench-blocks-sweep bench rrhc spatial_block class_block --dtype bfloat16 --sweep
     step bench-head bench head --dtype float32,bfloat16,autocast-float16
     step bench-head-sweep bench head --dtype bfloat16 --sweep
     step bench-post bench post --dtype float32,bfloat16 --sweep

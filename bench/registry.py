@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from errseg.bench.gate import Trial
 
 Inputs = tuple[Any, ...]
+BUILT_OF_OPS = ("post", "loss", "rrhc", "spatial_block", "class_block", "head", "model", "train")
 
 
 def _same(value: Any) -> Any:
@@ -99,10 +100,7 @@ def target_names() -> list[str]:
     from errseg.bench import targets
 
     names = sorted(module.name for module in pkgutil.iter_modules(targets.__path__) if module.name[0] != "_")
-    return sorted(names, key=lambda name: _BUILT_OF_OPS.index(name) if name in _BUILT_OF_OPS else -1)
-
-
-_BUILT_OF_OPS = ("post", "loss", "head", "model", "train")
+    return sorted(names, key=lambda name: BUILT_OF_OPS.index(name) if name in BUILT_OF_OPS else -1)
 
 
 def find_target(name: str) -> Target:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def bench(
     targets: Annotated[
-        list[str] | None, typer.Argument(help="Ops by name, or head, post, loss, model, train; all by default.")
+        list[str] | None, typer.Argument(help="Ops by name, or what is built of them (--list); all by default.")
     ] = None,
     providers: Annotated[
         str | None,

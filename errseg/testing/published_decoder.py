@@ -91,7 +91,7 @@ def _check_selection(votes: Tensor, num_selected: int, required: Tensor | None) 
         raise ValueError(f"expected required {list(votes.shape)} bool, got {list(required.shape)} {required.dtype}")
 
 
-def _gather_classes(values: Tensor, class_ids: Tensor) -> Tensor:
+def gather_classes(values: Tensor, class_ids: Tensor) -> Tensor:
     """[B, T, ...], [B, K] -> [B, K, ...]."""
     return torch.stack([image[ids] for image, ids in zip(values, class_ids, strict=True)])
 
@@ -340,7 +340,7 @@ class PublishedDecoder(nn.Module):
         cost32 = published_cost_volume(features.os32_dense, text_embeddings)
         if class_ids is None:
             class_ids = published_selection(published_votes(cost16), num_selected, required)
-        x = self.embed_costs(_gather_classes(cost16, class_ids), _gather_classes(cost32, class_ids))
+        x = self.embed_costs(gather_classes(cost16, class_ids), gather_classes(cost32, class_ids))
         guidance, *decoder_guidance = self.project_guidance(features)
         text_guidance = self.project_text(text_embeddings[class_ids])
         for layer in self.aggregator_layers:

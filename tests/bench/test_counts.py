@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from errseg import ops
 from errseg.bench.cases import Case
-from errseg.bench.registry import find_target, target_names
+from errseg.bench.registry import BUILT_OF_OPS, find_target, target_names
 from errseg.bench.targets._ops import EVAL_B
 from errseg.testing.samples import map_tensors
 
@@ -71,7 +71,7 @@ def test_counts_of_the_head_come_from_the_reference() -> None:
 
 def test_every_op_is_a_target_and_labels_are_unique() -> None:
     names = target_names()
-    assert set(names) == {*ops.OPS, "post", "loss", "head", "model", "train"}
+    assert set(names) == {*ops.OPS, *BUILT_OF_OPS}
     for name in names:
         target = find_target(name)
         assert target.name == name and "published" in target.implementations
@@ -86,7 +86,7 @@ def test_a_size_is_a_multiple_of_32() -> None:
 
 
 def test_inputs_are_exact_in_bfloat16() -> None:
-    for name in ("head", "model", "train", "upsample_bce", "class_votes", "spatial_attention"):
+    for name in ("head", "rrhc", "class_block", "model", "train", "upsample_bce", "class_votes", "spatial_attention"):
         target = find_target(name)
         for tensor in tensors(target.inputs(target.quick, 1)):
             assert not tensor.is_floating_point() or torch.equal(tensor, tensor.bfloat16().float()), name
