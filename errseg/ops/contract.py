@@ -41,7 +41,8 @@ class Backend:
     A backend that saves more than its inputs for the backward pass names those tensors in ``saved``, with
     ``fake_saved`` foretelling them. Its forward then takes one more argument, whether they are wanted, and
     returns the op's results followed by them (empty tensors when unwanted); its backward gets them behind the
-    op's arguments.
+    op's arguments. Arguments in ``shape_only`` are not kept: the backward pass gets their shape and dtype over one
+    element of memory, without their values.
 
     ``available`` says why this machine cannot run it at all, ``can_run`` why it cannot take these arguments; both
     answer ``None`` for yes. "interpreted" is an answer too: it runs, but slowly and only where it is asked for.
@@ -52,6 +53,7 @@ class Backend:
     trains: bool = False
     saved: tuple[str, ...] = ()
     fake_saved: Callable[..., tuple[Tensor, ...]] = lambda *args: ()
+    shape_only: tuple[str, ...] = ()
     available: Callable[[], str | None] = lambda: None
     can_run: Callable[..., str | None] = lambda *args: None
 
@@ -69,6 +71,7 @@ class Op:
         reference: plain PyTorch on the same arguments; the specification.
         fake: the results' shapes and dtypes as empty tensors.
         differentiable: names of the arguments that gradients reach.
+        added: those among them that are only added to the result; the incoming gradient is theirs, uncopied.
         order: preferred backends per device type, fastest first.
     """
 
@@ -77,6 +80,7 @@ class Op:
     reference: Callable[..., Any]
     fake: Callable[..., Any]
     differentiable: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
     order: dict[str, tuple[str, ...]] = field(default_factory=lambda: dict(DEFAULT_ORDER))
     backends: dict[str, Backend] = field(default_factory=dict, init=False)
 
@@ -167,7 +171,8 @@ class Op:
         positions = self._positions()
 
         def fake(grad: Tensor, *args: Any) -> list[Tensor]:
-            return [args[p].new_empty(args[p].shape if n else 0) for p, n in zip(positions, args[-1], strict=True)]
+            flags = zip(positions, args[-1], strict=True)
+            return [args[p].new_empty(args[p].shape) if n else grad.new_empty(0) for p, n in flags]
 
         schema = f"(Tensor grad, {arguments}{saved}, bool[] needed) -> Tensor[]"
         _define(f"{raw}_bwd", schema, backend.backward, fake)
@@ -179,10 +184,13 @@ class Op:
 
     def _register_autograd(self, raw: str, backend: Backend) -> None:
         positions = self._positions()
-        num_arguments = len(self.overload._schema.arguments) - 1
+        names = [a.name for a in self.overload._schema.arguments if a.name != "backend"]
 
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            inputs = inputs[:num_arguments]
+            inputs = tuple(
+                a.new_empty(()).expand(a.shape) if isinstance(a, Tensor) and name in backend.shape_only else a
+                for name, a in zip(names, inputs, strict=False)
+            )
             saved = output[-len(backend.saved) :] if backend.saved else ()
             ctx.save_for_backward(*(a for a in inputs if isinstance(a, Tensor)), *saved)
             ctx.others = [None if isinstance(a, Tensor) else a for a in inputs]
@@ -193,11 +201,12 @@ class Op:
                 raise NotImplementedError(f"{raw} has no backward pass; ask for another backend when training")
             saved = iter(ctx.saved_tensors)
             arguments = [next(saved) if t else a for t, a in zip(ctx.is_tensor, ctx.others, strict=True)]
-            needed = [ctx.needs_input_grad[p] for p in positions]
+            needed = [ctx.needs_input_grad[p] and names[p] not in self.added for p in positions]
             run = getattr(torch.ops.errseg, f"{raw}_bwd").default
             result: list[Any] = [None] * len(ctx.needs_input_grad)
             for p, n, grad in zip(positions, needed, run(grads[0], *arguments, *saved, needed), strict=True):
-                result[p] = grad if n else None
+                added = names[p] in self.added and ctx.needs_input_grad[p]
+                result[p] = grads[0] if added else grad if n else None
             return tuple(result)
 
         torch.library.register_autograd(f"errseg::{raw}", backward, setup_context=setup_context, lib=_library)

@@ -29,44 +29,20 @@ NO_GPU = "no NVIDIA GPU"
 _BUILD_TIMEOUT = 1800.0  # seconds
 
 
-def cpu_backend(
-    op_name: str,
-    *,
-    backward: Callable[..., Any] | None = None,
-    trains: bool = False,
-    saved: tuple[str, ...] = (),
-    fake_saved: Callable[..., tuple[Tensor, ...]] = lambda *args: (),
-    can_run: Callable[..., str | None] = lambda *args: None,
-) -> Backend:
-    """A backend whose forward is ``errseg::<op_name>_cpu`` in the C++ library; see :class:`Backend`.
+def cpu_backend(op_name: str, **options: Any) -> Backend:
+    """A backend whose forward is ``errseg::<op_name>_cpu`` in the C++ library, with options of :class:`Backend`.
 
-    ``trains`` says that the library has ``errseg::<op_name>_cpu_bwd`` too, ``backward`` gives it in Python instead.
+    ``trains=True`` says that the library has ``errseg::<op_name>_cpu_bwd`` too, ``backward=`` gives it in Python.
     """
-    return _backend("cpu", op_name, backward, trains, saved, fake_saved, can_run)
+    return _backend("cpu", **options)
 
 
-def cuda_backend(
-    op_name: str,
-    *,
-    backward: Callable[..., Any] | None = None,
-    trains: bool = False,
-    saved: tuple[str, ...] = (),
-    fake_saved: Callable[..., tuple[Tensor, ...]] = lambda *args: (),
-    can_run: Callable[..., str | None] = lambda *args: None,
-) -> Backend:
+def cuda_backend(op_name: str, **options: Any) -> Backend:
     """The same with ``errseg::<op_name>_cuda`` in the CUDA library, for machines with an NVIDIA GPU."""
-    return _backend("cuda", op_name, backward, trains, saved, fake_saved, can_run)
+    return _backend("cuda", **options)
 
 
-def _backend(
-    device: str,
-    op_name: str,
-    backward: Callable[..., Any] | None,
-    trains: bool,
-    saved: tuple[str, ...],
-    fake_saved: Callable[..., tuple[Tensor, ...]],
-    can_run: Callable[..., str | None],
-) -> Backend:
+def _backend(device: str, can_run: Callable[..., str | None] = lambda *args: None, **options: Any) -> Backend:
     def available() -> str | None:
         return why_not(device)
 
@@ -80,9 +56,7 @@ def _backend(
                 return f"needs tensors on {device}, got {argument.device.type}"
         return can_run(*args)
 
-    return Backend(
-        backward=backward, trains=trains, saved=saved, fake_saved=fake_saved, available=available, can_run=takes
-    )
+    return Backend(available=available, can_run=takes, **options)
 
 
 @functools.cache

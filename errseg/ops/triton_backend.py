@@ -24,14 +24,8 @@ MAX_SIDE = 32767  # coordinates are exact in int32: (2 H + 1) h + h stays below 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def backend(
-    op: str,
-    *,
-    saved: tuple[str, ...] = (),
-    fake_saved: Callable[..., tuple[Tensor, ...]] = lambda *args: (),
-    can_run: Callable[..., str | None] = lambda *args: None,
-) -> Backend:
-    """The kernels of ``op``; ``can_run`` may add reasons of its own to those of device and dtype."""
+def backend(op: str, *, can_run: Callable[..., str | None] = lambda *args: None, **options: Any) -> Backend:
+    """The kernels of ``op``, with options of :class:`Backend`; ``can_run`` adds to the reasons of device and dtype."""
 
     def forward(*args: Any) -> Any:
         return _kernels(op).forward(*args)
@@ -42,14 +36,7 @@ def backend(
     def reason(*args: Any) -> str | None:
         return unsupported(*args) or can_run(*args)
 
-    return Backend(
-        forward=forward,
-        backward=backward,
-        saved=saved,
-        fake_saved=fake_saved,
-        available=available,
-        can_run=reason,
-    )
+    return Backend(forward=forward, backward=backward, available=available, can_run=reason, **options)
 
 
 def available() -> str | None:

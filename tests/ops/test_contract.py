@@ -127,6 +127,7 @@ def doubled() -> contract.Op:
             backward=lambda grad, x, shift, slope, needed: [slope * grad],
             saved=("slope",),
             fake_saved=lambda x, shift: (torch.empty_like(x),),
+            shape_only=("x",),
             available=lambda: contract.INTERPRETED,
         ),
     )
@@ -168,6 +169,16 @@ def test_what_only_training_needs_is_saved_in_training_only(doubled: contract.Op
     x = torch.randn(5)
     assert torch.ops.errseg.test_doubled_triton(x, 1.0, False)[1].numel() == 0
     assert doubled(x, 1.0, backend="triton").requires_grad is False
+
+
+def test_an_argument_needed_for_its_shape_only_is_not_kept(doubled: contract.Op) -> None:
+    kept = []
+    x = torch.randn(5, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        doubled(x, 1.0, backend="triton")
+    shape, slope = kept
+    assert shape.shape == x.shape and shape.dtype == x.dtype and shape.untyped_storage().nbytes() == 4
+    assert slope.tolist() == [2.0] * 5
 
 
 def test_an_interpreted_backend_runs_only_when_named(doubled: contract.Op) -> None:
