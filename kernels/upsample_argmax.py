@@ -55,7 +55,7 @@ def _upsample_argmax_fwd_kernel(
     probabilities,  # [B, K, h, w]
     sorted_ids,  # [B, K]
     labels,  # [B, H, W] int32
-    scores,  # [B, H, W]
+    scores,  # [B, H, W] with SCORES
     num_classes,
     in_height,
     in_width,
@@ -64,6 +64,7 @@ def _upsample_argmax_fwd_kernel(
     DTYPE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    SCORES: tl.constexpr,
 ):
     image = tl.program_id(1).to(tl.int64)
     block = tl.program_id(0)
@@ -101,7 +102,8 @@ def _upsample_argmax_fwd_kernel(
     written = (y < last)[:, None] & inside[None, :]
     out = (image * height + y[:, None]) * width + x[None, :]
     tl.store(labels + out, winner, mask=written)
-    tl.store(scores + out, best, mask=written)
+    if SCORES:
+        tl.store(scores + out, best, mask=written)
 
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -116,20 +118,21 @@ for _dtype in FLOATS:
     )
 for _score in (torch.float32, torch.float64):
     # One warp per program: its rows share the taps without passing them through shared memory.
-    CONFIGS[f"fwd {_score}"] = Config(
-        _upsample_argmax_fwd_kernel,
-        (_score, torch.int32, torch.int32, _score, 48, 160, 160, 640, 640),
-        {"DTYPE": LANGUAGE_DTYPE[_score], "ROWS": 4, "COLUMNS": 128},
-        num_warps=1,
-    )
+    for _what in ("labels", "scores"):
+        CONFIGS[f"{_what} {_score}"] = Config(
+            _upsample_argmax_fwd_kernel,
+            (_score, torch.int32, torch.int32, _score, 48, 160, 160, 640, 640),
+            {"DTYPE": LANGUAGE_DTYPE[_score], "ROWS": 4, "COLUMNS": 128, "SCORES": _what == "scores"},
+            num_warps=1,
+        )
 
 
-def forward(logits: Tensor, class_ids: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """[B, K, h, w], [B, K] -> labels, scores [B, H, W]; see :func:`errseg.ops.upsample_argmax`."""
+def forward(logits: Tensor, class_ids: Tensor, height: int, width: int, return_scores: bool) -> tuple[Tensor, Tensor]:
+    """[B, K, h, w], [B, K] -> labels [B, H, W], scores likewise or empty; see :func:`errseg.ops.upsample_argmax`."""
     batch, num_classes, in_height, in_width = logits.shape
     score_dtype = torch.promote_types(logits.dtype, torch.float32)
     labels = logits.new_empty((batch, height, width), dtype=torch.int32)
-    scores = logits.new_empty((batch, height, width), dtype=score_dtype)
+    scores = logits.new_empty(labels.shape if return_scores else 0, dtype=score_dtype)
     if not labels.numel():
         return labels, scores
     probabilities = logits.new_empty(logits.shape, dtype=score_dtype)
@@ -139,7 +142,7 @@ def forward(logits: Tensor, class_ids: Tensor, height: int, width: int) -> tuple
     grid = (triton.cdiv(num_pixels, sort.constants["BLOCK"]) * batch * num_classes,)
     arguments = logits.contiguous(), class_ids.contiguous(), probabilities, sorted_ids
     sort.launch(grid, *arguments, num_classes, num_pixels)
-    fwd = CONFIGS[f"fwd {score_dtype}"]
+    fwd = CONFIGS[f"{'scores' if return_scores else 'labels'} {score_dtype}"]
     row_blocks = triton.cdiv(triton.cdiv(height, in_height), fwd.constants["ROWS"]) * (in_height + 1)
     grid = (triton.cdiv(width, fwd.constants["COLUMNS"]) * row_blocks, batch)
     fwd.launch(grid, probabilities, sorted_ids, labels, scores, num_classes, in_height, in_width, height, width)

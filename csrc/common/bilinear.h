@@ -38,16 +38,25 @@ struct Axis {
 };
 
 template <typename S>
-ERRSEG_CLONES void expand_phase(const S* __restrict row, const S* __restrict low, const S* __restrict high,
-                                int64_t n, S* __restrict out) {
-    for (int64_t x = 0; x < n; ++x) out[x] = low[x] * row[x] + high[x] * row[x + 1];
+ERRSEG_CLONES void expand_phase(const S* __restrict row, S weight, int64_t n, S* __restrict out) {
+    for (int64_t x = 0; x < n; ++x) out[x] = row[x] + weight * (row[x + 1] - row[x]);
 }
 
+/// Outputs from `out` on, at most `kRun`, that lie between the inputs `in` and in + 1.
+struct Run {
+    int32_t in, out;
+};
+constexpr int64_t kRun = 8;
+
+/// Every run is written at full length, which is quicker than gathers; what is too much is overwritten.
 template <typename S>
-ERRSEG_CLONES void expand_gather(const S* __restrict row, const int32_t* __restrict from,
-                                 const int32_t* __restrict to, const S* __restrict low,
-                                 const S* __restrict high, int64_t n, S* __restrict out) {
-    for (int64_t q = 0; q < n; ++q) out[q] = low[q] * row[from[q]] + high[q] * row[to[q]];
+ERRSEG_CLONES void expand_runs(const S* __restrict row, const Run* __restrict runs, int64_t count,
+                               const S* __restrict weight, S* __restrict out) {
+    for (int64_t r = 0; r < count; ++r) {
+        const S from = row[runs[r].in], step = row[runs[r].in + 1] - from;
+        const int32_t first = runs[r].out;
+        for (int64_t q = 0; q < kRun; ++q) out[first + q] = from + weight[first + q] * step;
+    }
 }
 
 template <typename S>
@@ -69,14 +78,23 @@ class Columns {
   public:
     Columns(int64_t input, int64_t output)
         : axis_(input, output), factor_(output % input ? 0 : output / input) {
-        if (!factor_) return;
-        const Axis<S> plain = axis_;
-        arrange(plain.low_weight.data(), axis_.low_weight.data());
-        arrange(plain.high_weight.data(), axis_.high_weight.data());
+        if (factor_) {
+            const Axis<S> plain = axis_;
+            arrange(plain.low_weight.data(), axis_.low_weight.data());
+            arrange(plain.high_weight.data(), axis_.high_weight.data());
+            return;
+        }
+        for (int32_t o = 0; o < output; ++o)
+            if (runs_.empty() || axis_.low[o] != runs_.back().in || o - runs_.back().out == kRun)
+                runs_.push_back({axis_.low[o], o});
+        axis_.high_weight.resize(output + kRun);
     }
 
     int64_t in() const { return axis_.in; }
     int64_t out() const { return axis_.out; }
+
+    /// Elements that `expand` may write.
+    int64_t room() const { return factor_ ? out() : out() + kRun - 1; }
 
     /// Values that `expand` and `fold` want in front of and behind a row.
     static constexpr int64_t kPadding = 1;
@@ -105,19 +123,18 @@ class Columns {
             for (int64_t r = 0; r < factor_; ++r) ordered[r * axis_.in + x] = plain[x * factor_ + r];
     }
 
-    /// Input row -> output row. Overwrites the padding of `row`.
+    /// Input row -> output row of `room()` elements. Overwrites the padding of `row`.
     void expand(S* row, S* expanded) const {
-        if (!factor_) {
-            expand_gather(row, axis_.low.data(), axis_.high.data(), axis_.low_weight.data(),
-                          axis_.high_weight.data(), out(), expanded);
-            return;
-        }
         row[-1] = row[0];
         row[in()] = row[in() - 1];
+        if (!factor_) {
+            expand_runs(row, runs_.data(), static_cast<int64_t>(runs_.size()), axis_.high_weight.data(),
+                        expanded);
+            return;
+        }
         for (int64_t r = 0; r < factor_; ++r) {
-            const int64_t start = r * in();
-            expand_phase(row + offset(r), &axis_.low_weight[start], &axis_.high_weight[start], in(),
-                         expanded + start);
+            const S weight = S((2 * r + 1 + factor_) % (2 * factor_)) / S(2 * factor_);
+            expand_phase(row + offset(r), weight, in(), expanded + r * in());
         }
     }
 
@@ -147,6 +164,7 @@ class Columns {
 
     Axis<S> axis_;
     int64_t factor_;  // 0: no phases
+    std::vector<Run> runs_;
 };
 
 /// Output rows [begin, end) between the same two input rows.

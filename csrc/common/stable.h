@@ -136,9 +136,22 @@ Reader<S> reader(const Tensor& tensor, const char* name) {
     return found;
 }
 
+/// Starts to load `n` elements from `start` on of a contiguous tensor.
+inline void prefetch(const Tensor& tensor, int64_t start, int64_t n) {
+    const int64_t size = static_cast<int64_t>(tensor.element_size());
+    const char* first = data<char>(tensor) + start * size;
+    for (int64_t at = 0; at < n * size; at += 64) __builtin_prefetch(first + at);
+}
+
 /// The tensor itself when it is contiguous, else a copy that is.
 inline Tensor as_contiguous(const Tensor& tensor) {
     return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+/// A matrix whose rows are contiguous, as far apart as they like: views of rows or columns are not copied.
+inline Tensor with_contiguous_rows(const Tensor& matrix) {
+    const bool rows = matrix.dim() == 2 && matrix.stride(1) == 1 && matrix.stride(0) >= 0;
+    return rows ? matrix : as_contiguous(matrix);
 }
 
 /// An uninitialised tensor on the device of `like`.

@@ -27,7 +27,7 @@ struct Problem {
     const T* logits;           // [batch, classes, y.in, x.in]
     const int64_t* class_ids;  // [batch, classes]
     int32_t* labels;           // [batch, y.out, x.out]
-    S* scores;                 // [batch, y.out, x.out]
+    S* scores;                 // [batch, y.out, x.out], or null: not wanted
     int batch, classes;
     BilinearAxis<S> y, x;
 };
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
         if (first_row + r >= p.y.out) break;
         const size_t at = (size_t(image) * p.y.out + first_row + r) * p.x.out + column;
         p.labels[at] = best[r].id;
-        p.scores[at] = best[r].score;
+        if (p.scores) p.scores[at] = best[r].score;
     }
 }
 
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(kThreads) upsample_argmax_direct_kernel(Proble
     }
     const size_t at = (size_t(image) * p.y.out + row) * p.x.out + column;
     p.labels[at] = best.id;
-    p.scores[at] = best.score;
+    if (p.scores) p.scores[at] = best.score;
 }
 
 // Needs batch <= 65535 and, unless the batch is empty, at least one class.

@@ -1,7 +1,7 @@
 // Label maps: sigmoid at low resolution, bilinear, running maximum over the classes by ascending id.
 //
-// A source row is expanded to the output's width once per class; each output row between two source rows then
-// blends the two expanded rows. Memory per thread: two expanded rows per class and one group of output rows.
+// A source row is expanded to the output's width once per class; the output rows between two source rows, four at a
+// time, then blend the two expanded rows. Memory per thread: two expanded rows per class and four output rows.
 #include <cmath>
 #include <numeric>
 
@@ -11,8 +11,13 @@
 namespace errseg {
 namespace {
 
-constexpr int64_t kStateBytes =
-    24 << 10;  // of scores and labels at a time, so that they stay in the first cache
+constexpr int64_t kRows = 4, kClasses = 4;  // what one pass over a piece of the columns handles
+constexpr int64_t kPiece = 640;             // the piece's scores and labels stay in the first cache
+constexpr int64_t kLanes = 16;              // rows are padded to whole vectors
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) {
+    return (n + multiple - 1) / multiple * multiple;
+}
 
 ERRSEG_INLINE float sigmoid(float x) {
     const float e = exp_nonpositive(-std::fabs(x));
@@ -28,41 +33,39 @@ ERRSEG_CLONES void to_probabilities(S* row, int64_t n) {
     for (int64_t x = 0; x < n; ++x) row[x] = sigmoid(row[x]);
 }
 
-/// One class on one piece of a row: a strict comparison leaves ties to the lower id, and both functions round
-/// alike.
-template <typename S>
-ERRSEG_CLONES ERRSEG_NO_CONTRACTION void update(const S* __restrict a, const S* __restrict b, S wa, S wb,
-                                                int32_t id, int64_t n, S* __restrict score,
-                                                int32_t* __restrict label) {
-    ERRSEG_NO_CONTRACTION_HERE
-    for (int64_t q = 0; q < n; ++q) {
-        const S p = wa * a[q] + wb * b[q];
-        const bool better = p > score[q];
-        score[q] = better ? p : score[q];
-        label[q] = better ? id : label[q];
-    }
-}
-
-/// Four classes at once, which loads and stores the state a quarter as often.
-template <typename S>
-ERRSEG_CLONES ERRSEG_NO_CONTRACTION void update4(const S* __restrict a, const S* __restrict b, int64_t stride,
-                                                 S wa, S wb, const int32_t* ids, int64_t n,
-                                                 S* __restrict score, int32_t* __restrict label) {
-    ERRSEG_NO_CONTRACTION_HERE
-    const S *a1 = a + stride, *a2 = a1 + stride, *a3 = a2 + stride;
-    const S *b1 = b + stride, *b2 = b1 + stride, *b3 = b2 + stride;
-    const int32_t i0 = ids[0], i1 = ids[1], i2 = ids[2], i3 = ids[3];
+/// Four classes on one piece of `kHeight` output rows, from the two expanded rows around them. A strict comparison
+/// leaves ties to the lower id; `from + weight * step` can be contracted in one way only, so equal maps stay equal.
+template <int kHeight, typename S>
+ERRSEG_CLONES void update(const S* __restrict low, const S* __restrict high, int64_t stride, const S* weights,
+                          const int32_t* ids, int64_t n, S* __restrict score, int32_t* __restrict label) {
+    const S *low1 = low + stride, *low2 = low1 + stride, *low3 = low2 + stride;
+    const S *high1 = high + stride, *high2 = high1 + stride, *high3 = high2 + stride;
+    const int32_t id0 = ids[0], id1 = ids[1], id2 = ids[2], id3 = ids[3];
+    const S w0 = weights[0], w1 = weights[std::min(1, kHeight - 1)];
+    const S w2 = weights[std::min(2, kHeight - 1)], w3 = weights[std::min(3, kHeight - 1)];
 #pragma omp simd
     for (int64_t q = 0; q < n; ++q) {
-        const S p0 = wa * a[q] + wb * b[q], p1 = wa * a1[q] + wb * b1[q];
-        const S p2 = wa * a2[q] + wb * b2[q], p3 = wa * a3[q] + wb * b3[q];
-        const S p01 = p1 > p0 ? p1 : p0, p23 = p3 > p2 ? p3 : p2;
-        const int32_t i01 = p1 > p0 ? i1 : i0, i23 = p3 > p2 ? i3 : i2;
-        const S p = p23 > p01 ? p23 : p01;
-        const int32_t i = p23 > p01 ? i23 : i01;
-        const bool better = p > score[q];
-        score[q] = better ? p : score[q];
-        label[q] = better ? i : label[q];
+        const S from0 = low[q], from1 = low1[q], from2 = low2[q], from3 = low3[q];
+        const S step0 = high[q] - from0, step1 = high1[q] - from1;
+        const S step2 = high2[q] - from2, step3 = high3[q] - from3;
+        const auto offer_to_row = [&](S weight, int64_t at) __attribute__((always_inline)) {
+            S best = score[at];
+            int32_t winner = label[at];
+            const auto offer = [&](S p, int32_t id) __attribute__((always_inline)) {
+                winner = p > best ? id : winner;
+                best = p > best ? p : best;
+            };
+            offer(from0 + weight * step0, id0);
+            offer(from1 + weight * step1, id1);
+            offer(from2 + weight * step2, id2);
+            offer(from3 + weight * step3, id3);
+            score[at] = best;
+            label[at] = winner;
+        };
+        offer_to_row(w0, q);
+        if constexpr (kHeight > 1) offer_to_row(w1, q + stride);
+        if constexpr (kHeight > 2) offer_to_row(w2, q + 2 * stride);
+        if constexpr (kHeight > 3) offer_to_row(w3, q + 3 * stride);
     }
 }
 
@@ -73,64 +76,66 @@ struct LabelMap {
     const Reader<S> read;
     const int64_t image;                // where its logits start
     const std::vector<int64_t>& order;  // positions of the classes by ascending id
-    const std::vector<int32_t>& ids;    // ids in that order
+    const std::vector<int32_t>& ids;    // ids in that order, and more to a multiple of kClasses
     const Axis<S>& rows;
     const Columns<S>& columns;
     int32_t* labels;  // [H, W]
-    S* scores;
+    S* scores;        // [H, W] or null
 
     void run(const RowGroup* group, const RowGroup* end) const {
-        const int64_t width = columns.out(), num_classes = static_cast<int64_t>(ids.size());
-        std::vector<S> expanded(2 * num_classes * width), source(columns.in() + 2 * Columns<S>::kPadding);
+        const int64_t stride = round_up(columns.room(), kLanes), slot_size = ids.size() * stride;
+        // Less than any probability: columns and classes beyond the last never win.
+        std::vector<S> expanded(2 * slot_size, S(-1));
+        std::vector<S> source(columns.in() + 2 * Columns<S>::kPadding), score(kRows * stride);
+        std::vector<int32_t> label(kRows * stride);
         TwoRows slots;
         for (; group != end; ++group) {
             slots.move_to(
                 *group, [](int, int64_t) {},
                 [&](int slot, int64_t y) {
-                    S* row = source.data() + Columns<S>::kPadding;
-                    for (int64_t k = 0; k < num_classes; ++k) {
-                        read(logits, image + (order[k] * rows.in + y) * columns.in(), columns.in(), row);
-                        to_probabilities(row, columns.in());
-                        columns.expand(row, &expanded[(slot * num_classes + k) * width]);
-                    }
+                    expand(y, source.data() + Columns<S>::kPadding, &expanded[slot * slot_size], stride);
                 });
-            write(*group, &expanded[slots.low * num_classes * width],
-                  &expanded[slots.high * num_classes * width]);
+            const S *low = &expanded[slots.low * slot_size], *high = &expanded[slots.high * slot_size];
+            for (int64_t y = group->begin; y < group->end; y += kRows)
+                write(y, std::min(kRows, group->end - y), low, high, stride, score.data(), label.data());
         }
     }
 
   private:
-    void write(const RowGroup& group, const S* low, const S* high) const {
-        const int64_t width = columns.out(), height = group.end - group.begin;
-        const int64_t num_classes = static_cast<int64_t>(ids.size()), in_fours = num_classes / 4 * 4;
-        const int64_t bytes = height * static_cast<int64_t>(sizeof(S) + sizeof(int32_t));
-        const int64_t piece = std::max<int64_t>(64, kStateBytes / bytes / 64 * 64);
-        std::vector<S> score(height * width, S(-1));
-        std::vector<int32_t> label(height * width, ids[0]);
-        for (int64_t q = 0; q < width; q += piece) {
-            const int64_t n = std::min(piece, width - q);
-            for (int64_t k = 0; k < num_classes; k += k < in_fours ? 4 : 1) {
-                const S *a = low + k * width + q, *b = high + k * width + q;
-                for (int64_t y = 0; y < height; ++y) {
-                    const S wa = rows.low_weight[group.begin + y], wb = rows.high_weight[group.begin + y];
-                    S* s = &score[y * width + q];
-                    int32_t* l = &label[y * width + q];
-                    if (k < in_fours)
-                        update4(a, b, width, wa, wb, &ids[k], n, s, l);
-                    else
-                        update(a, b, wa, wb, ids[k], n, s, l);
-                }
-            }
+    /// The probabilities of input row `y`, every class expanded to the output's width.
+    void expand(int64_t y, S* row, S* expanded, int64_t stride) const {
+        const int64_t width = columns.in();
+        for (const int64_t k : order) {
+            const int64_t start = image + (k * rows.in + y) * width;
+            read(logits, start, width, row);
+            if (y + 1 < rows.in) prefetch(logits, start + width, width);  // too many streams to be foreseen
+            to_probabilities(row, width);
+            columns.expand(row, expanded);
+            expanded += stride;
         }
-        for (int64_t y = 0; y < height; ++y) {
-            columns.restore(&score[y * width], scores + (group.begin + y) * width);
-            columns.restore(&label[y * width], labels + (group.begin + y) * width);
+    }
+
+    /// Output rows [y, y + height) between two input rows.
+    void write(int64_t y, int64_t height, const S* low, const S* high, int64_t stride, S* score,
+               int32_t* label) const {
+        constexpr decltype(&update<1, S>) updates[] = {update<1, S>, update<2, S>, update<3, S>,
+                                                       update<4, S>};
+        const auto update_rows = updates[height - 1];
+        std::fill_n(score, height * stride, S(-1));
+        std::fill_n(label, height * stride, ids[0]);
+        for (int64_t q = 0; q < stride; q += kPiece)
+            for (size_t k = 0; k < ids.size(); k += kClasses)
+                update_rows(low + k * stride + q, high + k * stride + q, stride, &rows.high_weight[y],
+                            &ids[k], std::min(kPiece, stride - q), score + q, label + q);
+        for (int64_t r = 0; r < height; ++r) {
+            columns.restore(label + r * stride, labels + (y + r) * columns.out());
+            if (scores) columns.restore(score + r * stride, scores + (y + r) * columns.out());
         }
     }
 };
 
 std::tuple<Tensor, Tensor> upsample_argmax_cpu(const Tensor& logits_in, const Tensor& class_ids_in,
-                                               int64_t height, int64_t width) {
+                                               int64_t height, int64_t width, bool return_scores) {
     const Tensor logits = as_contiguous(logits_in), class_ids = as_contiguous(class_ids_in);
     expect(logits.dim() == 4 && logits.size(1) > 0, "logits [B, K, h, w] of at least one class", logits);
     const int64_t batch = logits.size(0), num_classes = logits.size(1), h = logits.size(2),
@@ -141,11 +146,12 @@ std::tuple<Tensor, Tensor> upsample_argmax_cpu(const Tensor& logits_in, const Te
            "class_ids [B, K] int64", class_ids);
     STD_TORCH_CHECK(height > 0 && width > 0, "expected a size of at least 1 x 1, got ", height, " x ", width);
     Tensor labels = empty(logits, {batch, height, width}, ScalarType::Int);
-    Tensor scores = empty(logits, {batch, height, width}, score_dtype(logits));
+    Tensor scores = return_scores ? empty(logits, {batch, height, width}, score_dtype(logits))
+                                  : empty(logits, {0}, score_dtype(logits));
     if (batch == 0) return {labels, scores};
 
     std::vector<std::vector<int64_t>> orders(batch, std::vector<int64_t>(num_classes));
-    std::vector<std::vector<int32_t>> ids(batch, std::vector<int32_t>(num_classes));
+    std::vector<std::vector<int32_t>> ids(batch, std::vector<int32_t>(round_up(num_classes, kClasses)));
     for (int64_t b = 0; b < batch; ++b) {
         const int64_t* of_image = data<int64_t>(class_ids) + b * num_classes;
         std::iota(orders[b].begin(), orders[b].end(), 0);
@@ -170,7 +176,7 @@ std::tuple<Tensor, Tensor> upsample_argmax_cpu(const Tensor& logits_in, const Te
                                       rows,
                                       columns,
                                       mutable_data<int32_t>(labels) + b * height * width,
-                                      mutable_data<S>(scores) + b * height * width};
+                                      return_scores ? mutable_data<S>(scores) + b * height * width : nullptr};
                 const int64_t first = b * per_image;
                 map.run(&groups[0] + std::max(begin - first, int64_t{0}),
                         &groups[0] + std::min(end - first, per_image));

@@ -77,7 +77,7 @@ class Plane {
   public:
     explicit Plane(const Problem<S>& problem)
         : p_(problem), row_(problem.columns.in() + 2 * Columns<S>::kPadding) {
-        for (auto& buffer : expanded_) buffer.resize(p_.columns.out());
+        for (auto& buffer : expanded_) buffer.resize(p_.columns.room());
         for (auto& buffer : slopes_) buffer.resize(kTrain ? p_.columns.out() : 0);
     }
 

@@ -10,18 +10,19 @@ from errseg.ops.checks import expect, expect_class_ids, expect_floating
 from errseg.ops.contract import Op
 
 
-def _fake(logits: Tensor, class_ids: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+def _fake(logits: Tensor, class_ids: Tensor, height: int, width: int, return_scores: bool) -> tuple[Tensor, Tensor]:
     shape = (logits.shape[0], height, width)
-    return logits.new_empty(shape, dtype=torch.int32), logits.new_empty(shape, dtype=reference.score_dtype(logits))
+    scores = logits.new_empty(shape if return_scores else 0, dtype=reference.score_dtype(logits))
+    return logits.new_empty(shape, dtype=torch.int32), scores
 
 
-def _triton_can_run(logits: Tensor, class_ids: Tensor, height: int, width: int) -> str | None:
+def _triton_can_run(logits: Tensor, class_ids: Tensor, height: int, width: int, return_scores: bool) -> str | None:
     return triton_backend.sides_fit(*logits.shape[2:], height, width)
 
 
 OP = Op(
     "upsample_argmax",
-    "(Tensor logits, Tensor class_ids, int height, int width) -> (Tensor, Tensor)",
+    "(Tensor logits, Tensor class_ids, int height, int width, bool return_scores) -> (Tensor, Tensor)",
     reference=reference.upsample_argmax,
     fake=_fake,
 )
@@ -45,7 +46,7 @@ def upsample_argmax(
         logits: [B, K, h, w], K >= 1.
         class_ids: [B, K] int64, any order, below 2**31.
         size: (H, W) of the label map in pixels.
-        return_scores: also return the winning probabilities.
+        return_scores: also return the winning probabilities, which are not written otherwise.
         backend: strict choice of a backend.
 
     Returns:
@@ -61,5 +62,5 @@ def upsample_argmax(
     expect(logits.shape[1] > 0, "logits of at least one class", logits)
     expect_class_ids(class_ids, logits.shape[0], logits.shape[1])
     expect(len(size) == 2 and min(size) >= 1, "size (H, W) of at least 1 x 1", size)
-    labels, scores = OP(logits.detach(), class_ids, size[0], size[1], backend=backend)
+    labels, scores = OP(logits.detach(), class_ids, *size, return_scores, backend=backend)
     return (labels, scores) if return_scores else labels

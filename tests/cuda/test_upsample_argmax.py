@@ -35,13 +35,16 @@ def device(emulate: Emulate) -> Any:
     return emulate("upsample_argmax")
 
 
-def run(device: Any, logits: Tensor, ids: Tensor, size: tuple[int, int], seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Labels and scores into poisoned memory."""
+def run(
+    device: Any, logits: Tensor, ids: Tensor, size: tuple[int, int], seed: int = 0, *, return_scores: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Labels and scores, or labels alone, into poisoned memory."""
     shape = (logits.shape[0], *size)
     labels = torch.full(shape, -7, dtype=torch.int32)
     scores = torch.full(shape, float("nan"), dtype=reference.score_dtype(logits))
     sizes = (logits.shape[0], logits.shape[1], *logits.shape[2:], *size)
-    device("upsample_argmax", seed, TYPES[logits.dtype], logits.contiguous(), ids, labels, scores, *sizes)
+    written = (labels, scores if return_scores else None)
+    device("upsample_argmax", seed, TYPES[logits.dtype], logits.contiguous(), ids, *written, *sizes)
     return labels, scores
 
 
@@ -58,8 +61,8 @@ def check(
     logits = (torch.randn(batch, classes, h, w) * 3).to(dtype)
     ids = ids_for(batch, classes, ascending=ascending)
     labels, scores = run(device, logits, ids, (size[0], size[1]), seed)
-    wanted_labels, wanted_scores = reference.upsample_argmax(logits.double(), ids, *size)
-    eager_error = (reference.upsample_argmax(logits, ids, *size)[1] - wanted_scores).abs().max().item()
+    wanted_labels, wanted_scores = reference.upsample_argmax(logits.double(), ids, *size, True)
+    eager_error = (reference.upsample_argmax(logits, ids, *size, True)[1] - wanted_scores).abs().max().item()
     tolerance = max(2 * eager_error, 1e-13 if dtype == torch.float64 else 1e-6)
     maps = F.interpolate(logits.double().sigmoid(), size=size, mode="bilinear", align_corners=False)
     best = maps.topk(min(2, classes), dim=1).values
@@ -78,6 +81,14 @@ def test_equals_the_reference(device: Any, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 def test_every_type(device: Any, dtype: torch.dtype, name: str) -> None:
     check(device, SHAPES[name], dtype, seed=4)
+
+
+@pytest.mark.parametrize("name", ["odd", "much smaller"])
+def test_labels_alone(device: Any, name: str) -> None:
+    batch, classes, h, w, *size = SHAPES[name]
+    logits, ids = torch.randn(batch, classes, h, w) * 3, ids_for(batch, classes, ascending=True)
+    labels, untouched = run(device, logits, ids, (size[0], size[1]), return_scores=False)
+    assert torch.equal(labels, run(device, logits, ids, (size[0], size[1]))[0]) and untouched.isnan().all()
 
 
 def test_random_shapes(device: Any) -> None:
@@ -117,7 +128,10 @@ def test_an_empty_batch(device: Any) -> None:
 
 @pytest.mark.parametrize("name", ["odd", "chunks of classes", "much smaller"])
 def test_under_sanitizers(emulate: Emulate, name: str) -> None:
-    check(emulate("upsample_argmax", sanitized=True), SHAPES[name], seed=7, ascending=False)
+    device, (batch, classes, h, w, *size) = emulate("upsample_argmax", sanitized=True), SHAPES[name]
+    check(device, SHAPES[name], seed=7, ascending=False)
+    logits, ids = torch.randn(batch, classes, h, w), ids_for(batch, classes, ascending=True)
+    run(device, logits, ids, (size[0], size[1]), return_scores=False)
 
 
 BREAKS = {

@@ -51,6 +51,26 @@ def test_equals_the_dense_argmax(sizes: Sizes, group: int, backend: str, monkeyp
 
 
 @backends
+@pytest.mark.parametrize("group", [1, 100])
+def test_labels_alone_are_the_same(group: int, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = sample("upsample_argmax").to(torch.float32)
+    logits, ids, size = call.args
+    monkeypatch.setattr(reference, "GROUP_ELEMENTS", group * logits.shape[0] * size[0] * size[1])
+    labels, scores = ops.OPS["upsample_argmax"](logits, ids, *size, False, backend=backend)
+    assert torch.equal(labels, call(backend=backend)[0])
+    assert scores.shape == (0,) and scores.dtype == torch.float32
+
+
+@pytest.mark.parametrize("return_scores", [True, False])
+def test_fake_foretells_whether_there_are_scores(return_scores: bool) -> None:
+    op, (logits, ids, size) = ops.OPS["upsample_argmax"], sample("upsample_argmax").args
+    for made, foretold in zip(
+        op(logits, ids, *size, return_scores), op.fake(logits, ids, *size, return_scores), strict=True
+    ):
+        assert (made.shape, made.dtype) == (foretold.shape, foretold.dtype)
+
+
+@backends
 @pytest.mark.parametrize("group", [1, 2, 100])
 def test_ties_go_to_the_lowest_id_in_any_order(group: int, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "GROUP_ELEMENTS", group * 12 * 13)
@@ -72,7 +92,7 @@ def test_equal_maps_tie_wherever_they_stand(classes: int, size: tuple[int, int],
 
 
 @backends
-@pytest.mark.parametrize("size", [(1, 1), (3, 4), (2, 9), (50, 31)])
+@pytest.mark.parametrize("size", [(1, 1), (3, 4), (2, 9), (50, 31), (9, 131)])
 def test_shrinks_and_grows_to_any_size(size: tuple[int, int], backend: str) -> None:
     logits, ids, _ = sample("upsample_argmax").args
     probabilities = F.interpolate(logits.sigmoid(), size=size, mode="bilinear", align_corners=False)
@@ -100,9 +120,12 @@ def test_memory_is_a_few_label_maps(backend: str) -> None:
     classes, side, size = (12, 10, (60, 300)) if interpreted("upsample_argmax", backend) else (48, 40, (800, 4000))
     logits, ids = torch.randn(1, classes, side, side), torch.arange(classes)[None]
     with AllocationSpy() as spy:
-        ops.upsample_argmax(logits, ids, size, backend=backend)
+        labels = ops.upsample_argmax(logits, ids, size, backend=backend)
     # All classes at once would be `classes` label maps.
-    assert spy.peak_bytes < classes / 4 * 4 * size[0] * size[1]
+    assert isinstance(labels, torch.Tensor)
+    assert spy.peak_bytes < classes / 4 * labels.nbytes
+    if backend == "cpu":
+        assert spy.peak_bytes <= labels.nbytes  # no scores: they were not asked for
 
 
 def test_wrong_arguments_are_named() -> None:

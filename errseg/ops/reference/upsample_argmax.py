@@ -17,8 +17,10 @@ def score_dtype(logits: Tensor) -> torch.dtype:
 
 
 @without_autocast
-def upsample_argmax(logits: Tensor, class_ids: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """[B, K, h, w], [B, K] -> labels, scores [B, H, W]; see :func:`errseg.ops.upsample_argmax`."""
+def upsample_argmax(
+    logits: Tensor, class_ids: Tensor, height: int, width: int, return_scores: bool
+) -> tuple[Tensor, Tensor]:
+    """[B, K, h, w], [B, K] -> labels [B, H, W], scores likewise or empty; see :func:`errseg.ops.upsample_argmax`."""
     batch, num_classes = class_ids.shape
     class_ids, order = class_ids.sort(dim=1)
     probabilities = logits.to(score_dtype(logits)).sigmoid().gather(1, order[:, :, None, None].expand_as(logits))
@@ -33,4 +35,4 @@ def upsample_argmax(logits: Tensor, class_ids: Tensor, height: int, width: int) 
         better = best > scores
         labels = torch.where(better, ids, labels)
         scores = torch.where(better, best, scores)
-    return labels, scores
+    return labels, scores if return_scores else scores.new_empty(0)
