@@ -7,9 +7,15 @@ from torch import Tensor
 
 from errseg import ops
 from errseg.bench.cases import Case, Counts, numel, product_counts, vary
-from errseg.bench.registry import Implementation, Target
-from errseg.bench.targets._ops import EVAL_B, OVER_CLASSES, SMALL, T_AXIS, sample_inputs
+from errseg.bench.registry import Implementation, Inputs, Target
+from errseg.bench.targets._ops import EVAL_B, OVER_CLASSES, SMALL, T_AXIS, TRAIN, sample_inputs
 from errseg.testing.published_decoder import published_cost_volume
+
+
+def _inputs(case: Case, seed: int) -> Inputs:
+    """Images as the backbone leaves them, with the channels last."""
+    images, *others = sample_inputs("cost_volume")(case, seed)
+    return images.contiguous(memory_format=torch.channels_last), *others
 
 
 def _published(image_embeddings: Tensor, text_embeddings: Tensor, class_ids: Tensor) -> Tensor:
@@ -28,10 +34,10 @@ def _counts(case: Case, itemsize: int, passing: str) -> Counts:
 TARGET = Target(
     name="cost_volume",
     ops=("cost_volume",),
-    cases=(EVAL_B,),
+    cases=(EVAL_B, TRAIN),
     quick=SMALL,
-    sweeps=(*OVER_CLASSES, *vary(EVAL_B, words=T_AXIS)),
-    inputs=sample_inputs("cost_volume"),
+    sweeps=(*OVER_CLASSES, *vary(EVAL_B, words=(*T_AXIS, 100_000))),
+    inputs=_inputs,
     implementations={
         "errseg": lambda case: Implementation(ops.cost_volume),
         "published": lambda case: Implementation(_published),

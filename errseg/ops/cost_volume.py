@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from errseg.ops import reference
+from errseg.ops import native, reference, triton_backend
 from errseg.ops.checks import expect, expect_class_ids, expect_floating
 from errseg.ops.contract import Op
 
@@ -22,6 +25,29 @@ OP = Op(
     fake=_fake,
     differentiable=("image_embeddings", "text_embeddings"),
 )
+
+
+def _fake_scales(image_embeddings: Tensor, text_embeddings: Tensor, class_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Inverse lengths of the pixels [B, P] and of the selected words [B, K], in the precision of the sums."""
+    costs = _fake(image_embeddings, text_embeddings, class_ids)
+    batch, num_classes, height, width = costs.shape
+    dtype = torch.promote_types(costs.dtype, torch.float32)
+    return costs.new_empty((batch, height * width), dtype=dtype), costs.new_empty((batch, num_classes), dtype=dtype)
+
+
+def _cuda_can_run(image_embeddings: Tensor, text_embeddings: Tensor, class_ids: Tensor | None) -> str | None:
+    for embeddings in (image_embeddings, text_embeddings):
+        if embeddings.dtype not in _CUDA_DTYPES:
+            return f"no kernel for {embeddings.dtype}"
+    batch = image_embeddings.shape[0]
+    return None if batch <= _CUDA_IMAGES else f"at most {_CUDA_IMAGES} images, got {batch}"
+
+
+_CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CUDA_IMAGES = 65535  # blocks along an axis of the grid
+_SCALES: dict[str, Any] = {"saved": ("pixel_scales", "word_scales"), "fake_saved": _fake_scales}
+OP.register("cuda", native.cuda_backend("cost_volume", trains=True, can_run=_cuda_can_run, **_SCALES))
+OP.register("triton", triton_backend.backend("cost_volume", **_SCALES))
 
 
 def cost_volume(
