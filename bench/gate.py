@@ -24,7 +24,9 @@ EAGER_FACTOR = 2.0
 # Nothing may err more than this, eager code included (root mean square over root mean square).
 SANITY = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 TF32_SANITY = 1e-2
-GRADIENT_SANITY = 3.0  # times that
+# Times that for gradients. Where float32 rounds an activation to the other side of a ReLU6's end, a whole entry of a
+# gradient comes or goes: rare, but large beside float32's rounding.
+GRADIENT_SANITY = {torch.float64: 3.0, torch.float32: 30.0, torch.float16: 3.0, torch.bfloat16: 3.0}
 VANISHING = 1e-7  # a gradient this much smaller than the largest one is zero but for rounding
 
 
@@ -162,7 +164,8 @@ class Trial:
                 got = list(candidate.gradients[name].shape)
                 raise AssertionError(f"{name}: expected {list(wanted.shape)}, got {got}")
         own, beside, exact = (_pool(outcome.gradients, truth.gradients) for outcome in (candidate, eager, truth))
-        self.within_budget("gradients", own, beside, exact, GRADIENT_SANITY)
+        sanity = GRADIENT_SANITY[self.candidate.dtype]
+        self.within_budget("gradients", own, beside, exact, sanity)
 
     def within_budget(self, name: str, candidate: Tensor, eager: Tensor, truth: Tensor, sanity: float) -> None:
         """At most `EAGER_FACTOR` times the error of eager code, or the target's floor; nothing beyond sanity."""
