@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from errseg.errors import ErrSegError
+from errseg.ops.precision import without_autocast
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 DEFAULT_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
@@ -213,10 +214,10 @@ class Op:
 
 
 def _define(name: str, schema: str, kernel: Callable[..., Any] | None, fake: Callable[..., Any]) -> None:
-    """An opaque op: schema, fake, and a Python kernel unless a C++ library brings it."""
+    """An opaque op: schema, fake, and a Python kernel, in its arguments' precision, unless a C++ library brings it."""
     _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     if kernel is not None:
-        _library.impl(name, kernel, "CompositeExplicitAutograd")
+        _library.impl(name, without_autocast(kernel), "CompositeExplicitAutograd")
     torch.library.register_fake(f"errseg::{name}", fake, lib=_library)
 
 

@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from errseg.ops import reference
+from errseg.ops import cpu, reference, triton_backend
 from errseg.ops.checks import expect
 from errseg.ops.contract import Op
+from errseg.ops.cpu import gated_mlp as slab_wise
 from errseg.ops.precision import at_least_float32, without_autocast
 
 LAYER_NORM_EPS = 1e-5
@@ -66,6 +67,17 @@ OP = Op(
     fake=_fake,
     differentiable=("x", *FoldedGatedMLP._fields),
 )
+
+MAX_TRITON_CHANNELS = 256  # a program sums up all channels of its tokens in registers
+
+
+def _triton_can_run(x: Tensor, *rest: object) -> str | None:
+    channels = x.shape[-1]
+    return None if channels <= MAX_TRITON_CHANNELS else f"up to {MAX_TRITON_CHANNELS} channels, got {channels}"
+
+
+OP.register("cpu", cpu.backend(slab_wise))
+OP.register("triton", triton_backend.backend("gated_mlp", can_run=_triton_can_run))
 
 
 def gated_mlp(

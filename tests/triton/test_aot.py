@@ -30,6 +30,22 @@ def test_votes_run_on_tensor_cores(rows: list[aot.Compiled], arch: int, matrix: 
         assert [row.matrix for row in found] == [matrix]
 
 
+@pytest.mark.parametrize(("arch", "matrix"), [(80, "mma.sync"), (90, "wgmma"), (100, "tcgen05")])
+def test_costs_run_on_tensor_cores(rows: list[aot.Compiled], arch: int, matrix: str) -> None:
+    found = [row for row in rows if (row.op, row.arch) == ("cost_volume", arch) and "float64" not in row.config]
+    products = [row for row in found if not row.config.startswith(("bwd sum", "bwd order"))]
+    assert len(products) == 21 and {row.matrix for row in products} == {matrix}
+
+
+@pytest.mark.parametrize(("arch", "matrix"), [(80, "mma.sync"), (90, "wgmma"), (100, "tcgen05")])
+def test_the_gated_mlp_runs_on_tensor_cores(rows: list[aot.Compiled], arch: int, matrix: str) -> None:
+    found = [row for row in rows if (row.op, row.arch) == ("gated_mlp", arch) and "float64" not in row.config]
+    split = [row for row in found if "float32 256" in row.config]  # blocks of 32 tokens
+    assert len(found) == 18 and {row.matrix for row in found if row not in split} == {matrix}
+    if arch == 80:  # as on the GPUs with 99 KB per program
+        assert max(row.shared for row in found) <= 99 << 10
+
+
 def test_a_spill_is_seen() -> None:
     row = aot.Compiled("op", "fwd", 90, 255, 8, 2, 0, 4, "-", 0)
     assert row.spilled and "255" in aot.table([row]) and "sm_90" in aot.table([row])
