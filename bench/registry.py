@@ -20,6 +20,10 @@ Inputs = tuple[Any, ...]
 BUILT_OF_OPS = ("post", "loss", "rrhc", "spatial_block", "class_block", "head", "model", "train")
 
 
+class TooLarge(ErrSegError):
+    """Raised by `prepare` for what this machine has no memory for: the row says so and is no failure."""
+
+
 def _same(value: Any) -> Any:
     return value
 

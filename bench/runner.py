@@ -19,7 +19,7 @@ from errseg.bench.clock import Clock, Spread, make_clock, spread
 from errseg.bench.gate import Probe, Trial, floating_tensors, random_cotangent
 from errseg.bench.precision import Precision
 from errseg.bench.providers import COMPILE, Provider, backends_used, find_provider
-from errseg.bench.registry import Inputs, Target
+from errseg.bench.registry import Inputs, Target, TooLarge
 from errseg.bench.roofline import Ceilings, floor_ms
 from errseg.bench.rows import FAILED, OK, UNAVAILABLE, Row
 
@@ -318,6 +318,8 @@ class _Group:
         """What the action returns; None, with a failed row, for whatever a provider raises."""
         try:
             return action()
+        except TooLarge as error:
+            self._note(provider.name, self.passes, UNAVAILABLE, str(error))
         except Exception as error:  # any error of any backend is a failed row
             text = " ".join(str(error).split())[:400]
             self._note(provider.name, self.passes, FAILED, f"{type(error).__name__}: {text}" if text else repr(error))

@@ -5,10 +5,14 @@ of each pixel in registers; the votes. The walk is split into a few stretches of
 would not fill a GPU, and the last launch merges them in ascending order, so that the split does not change a rank.
 
 Scores are float32-grade: float16 and bfloat16 products are exact in float32, and float32 operands are split into
-three tf32 products. The interpreter computes tf32 as float32, so that it cannot show the error of this choice.
+three tf32 products. The interpreter computes tf32 as float32, so that it cannot show the error of this choice. Words
+are read where they lie, whatever their number, dtype and length; pixels as the backbone leaves them, with the channels
+last and in whole vectors, and copied otherwise.
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +23,7 @@ from torch import Tensor
 from errseg.kernels.common import LANGUAGE_DTYPE, Config
 
 ALIGN = 16  # elements, and bytes of an address
+FARTHEST = 1 << 24  # elements between rows of words: a tile's offsets are 32-bit
 PROGRAMS = 264  # enough for two on each of 132 multiprocessors
 
 
@@ -28,6 +33,7 @@ def _class_votes_norm_kernel(
     inverse_lengths,  # [T]
     num_words,
     channels,
+    word_stride,
     DTYPE: tl.constexpr,
     WORDS: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -37,7 +43,7 @@ def _class_votes_norm_kernel(
     for start in range(0, channels, CHANNELS):
         d = start + tl.arange(0, CHANNELS)
         inside = (t < num_words)[:, None] & (d < channels)[None, :]
-        word = tl.load(words + t[:, None] * channels + d[None, :], mask=inside, other=0.0).to(DTYPE)
+        word = tl.load(words + t[:, None] * word_stride + d[None, :], mask=inside, other=0.0).to(DTYPE)
         squares += word * word
     length = tl.sqrt(tl.sum(squares, 1))
     tl.store(inverse_lengths + t, 1.0 / tl.maximum(length, 1e-12), mask=t < num_words)
@@ -58,8 +64,8 @@ def _insert(score, word, score_1, word_1, score_2, word_2, score_3, word_3):
 
 @triton.jit(do_not_specialize=["batch", "num_pixels", "num_words", "words_per_split"])
 def _class_votes_fwd_kernel(
-    images,  # [B, D, pixel stride]
-    words,  # [T, D]
+    pixels,  # [B, P, pixel stride], zero beyond D
+    words,  # [T, D], of any dtype: tiles are converted to that of the pixels
     inverse_lengths,  # [T]
     best_scores,  # [splits, 3, B P]
     best_words,  # [splits, 3, B P] int32, -1 for none
@@ -69,6 +75,7 @@ def _class_votes_fwd_kernel(
     words_per_split,
     channels,
     pixel_stride,
+    word_stride,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     PIXELS: tl.constexpr,
@@ -78,8 +85,9 @@ def _class_votes_fwd_kernel(
     # Neighbouring programs share their words, which they find in the L2 cache.
     pixel_blocks = tl.cdiv(num_pixels, PIXELS)
     image = (tl.program_id(0) // pixel_blocks).to(tl.int64)
-    p = tl.program_id(0) % pixel_blocks * PIXELS + tl.arange(0, PIXELS)
-    pixels = images + image * channels * pixel_stride
+    first_pixel = tl.program_id(0) % pixel_blocks * PIXELS
+    p = first_pixel + tl.arange(0, PIXELS)
+    pixels += (image * num_pixels + first_pixel) * pixel_stride
     split = tl.program_id(1)
     end = tl.minimum((split + 1) * words_per_split, num_words)
 
@@ -91,18 +99,17 @@ def _class_votes_fwd_kernel(
     word_3 = tl.full((PIXELS,), -1, tl.int32)
     columns = tl.arange(0, WORDS)
     channel = tl.arange(0, CHANNELS)
-    pixel_offsets = channel[None, :] * pixel_stride + p[:, None]  # [PIXELS, CHANNELS]
-    word_offsets = columns[None, :] * channels + channel[:, None]  # [CHANNELS, WORDS]
-    word_tiles = words + split.to(tl.int64) * words_per_split * channels
+    pixel_offsets = tl.arange(0, PIXELS)[:, None] * pixel_stride + channel[None, :]  # [PIXELS, CHANNELS]
+    word_offsets = columns[None, :] * word_stride + channel[:, None]  # [CHANNELS, WORDS]
+    word_tiles = words + split.to(tl.int64) * words_per_split * word_stride
     for start in range(split * words_per_split, end, WORDS):
         t = start + columns
         scores = tl.zeros((PIXELS, WORDS), DTYPE)
         for first in range(0, channels, CHANNELS):
-            there = channel < channels - first
-            inside = (p < pixel_stride)[:, None] & there[None, :]
-            pixel_tile = tl.load(pixels + first * pixel_stride + pixel_offsets, mask=inside, other=0.0)
-            inside = there[:, None] & (t < end)[None, :]
-            word_tile = tl.load(word_tiles + first + word_offsets, mask=inside, other=0.0)
+            inside = (p < num_pixels)[:, None] & (channel < pixel_stride - first)[None, :]
+            pixel_tile = tl.load(pixels + first + pixel_offsets, mask=inside, other=0.0)
+            inside = (channel < channels - first)[:, None] & (t < end)[None, :]
+            word_tile = tl.load(word_tiles + first + word_offsets, mask=inside, other=0.0).to(pixel_tile.dtype)
             scores = tl.dot(pixel_tile, word_tile, scores, input_precision=PRECISION, out_dtype=DTYPE)
         scores *= tl.load(inverse_lengths + t, mask=t < end, other=0.0)[None, :]
         scores = tl.where((t < end)[None, :], scores, float("-inf"))
@@ -112,7 +119,7 @@ def _class_votes_fwd_kernel(
             score_1, word_1, score_2, word_2, score_3, word_3 = _insert(
                 score, start + column, score_1, word_1, score_2, word_2, score_3, word_3
             )
-        word_tiles += WORDS * channels
+        word_tiles += WORDS * word_stride
 
     plane = batch.to(tl.int64) * num_pixels
     out = split * 3 * plane + image * num_pixels + p
@@ -169,7 +176,7 @@ for _dtype, _precision, _tile, _warps, _stages in (
     _score = torch.promote_types(_dtype, torch.float32)
     CONFIGS[f"fwd {_dtype}"] = Config(
         _class_votes_fwd_kernel,
-        (_dtype, _dtype, _score, _score, torch.int32, 1, 1600, 847, 64, 640, 1600),
+        (_dtype, _dtype, _score, _score, torch.int32, 1, 1600, 847, 64, 640, 640, 640),
         {
             "DTYPE": LANGUAGE_DTYPE[_score],
             "PRECISION": _precision,
@@ -181,7 +188,7 @@ for _dtype, _precision, _tile, _warps, _stages in (
     )
     CONFIGS[f"norm {_dtype}"] = Config(
         _class_votes_norm_kernel,
-        (_dtype, _score, 847, 640),
+        (_dtype, _score, 847, 640, 640),
         {"DTYPE": LANGUAGE_DTYPE[_score], "WORDS": 8, "CHANNELS": 128},
         num_warps=4,
     )
@@ -194,23 +201,31 @@ for _score in (torch.float32, torch.float64):
     )
 
 
+# The same launches are compiled apart for words of another dtype, and for rows that no wide load can read.
+for _name, _dtype, _words, _channels in (
+    ("bfloat16 words", torch.float32, torch.bfloat16, 640),
+    *(("odd rows", _dtype, _dtype, 641) for _dtype in LANGUAGE_DTYPE),
+):
+    _config = CONFIGS[f"fwd {_dtype}"]
+    _arguments = (_dtype, _words, *_config.arguments[2:-3], _channels, 656, _channels)
+    CONFIGS[f"fwd {_dtype}, {_name}"] = dataclasses.replace(_config, arguments=_arguments)
+
+
 def forward(image_embeddings: Tensor, text_embeddings: Tensor) -> Tensor:
     """[B, D, H, W], [T, D] -> [B, T] int64; see :func:`errseg.ops.class_votes`."""
     dtype = _product_dtype(image_embeddings.dtype, text_embeddings.dtype)
-    images, words = image_embeddings.flatten(2).to(dtype), text_embeddings.to(dtype)
-    batch, channels, num_pixels = images.shape
-    num_words = words.shape[0]
-    votes = torch.zeros((batch, num_words), dtype=torch.int64, device=images.device)
+    pixels = _whole_vectors(image_embeddings.permute(0, 2, 3, 1).flatten(1, 2).to(dtype))  # [B, P, D + padding]
+    words = _with_contiguous_rows(text_embeddings)
+    (batch, num_pixels, pixel_stride), (num_words, channels) = pixels.shape, words.shape
+    votes = torch.zeros((batch, num_words), dtype=torch.int64, device=pixels.device)
     if not batch * num_pixels:
         return votes
 
-    images = _aligned(images, (0, -num_pixels % ALIGN, 0, -channels % ALIGN))
-    words = _aligned(words, (0, -channels % ALIGN))
-    channels, pixel_stride = images.shape[1:]
     score_dtype = torch.promote_types(dtype, torch.float32)
     inverse_lengths = words.new_empty(num_words, dtype=score_dtype)
     norm = CONFIGS[f"norm {dtype}"]
-    norm.launch((triton.cdiv(num_words, norm.constants["WORDS"]),), words, inverse_lengths, num_words, channels)
+    grid = (triton.cdiv(num_words, norm.constants["WORDS"]),)
+    norm.launch(grid, words, inverse_lengths, num_words, channels, words.stride(0))
 
     fwd = CONFIGS[f"fwd {dtype}"]
     pixel_blocks = batch * triton.cdiv(num_pixels, fwd.constants["PIXELS"])
@@ -221,8 +236,8 @@ def forward(image_embeddings: Tensor, text_embeddings: Tensor) -> Tensor:
     best_words = words.new_empty(best_scores.shape, dtype=torch.int32)
     sizes = batch, num_pixels, num_words
     split_size = tiles_per_split * fwd.constants["WORDS"]
-    arguments = images, words, inverse_lengths, best_scores, best_words
-    fwd.launch((pixel_blocks, splits), *arguments, *sizes, split_size, channels, pixel_stride)
+    arguments = pixels, words, inverse_lengths, best_scores, best_words
+    fwd.launch((pixel_blocks, splits), *arguments, *sizes, split_size, channels, pixel_stride, words.stride(0))
 
     count = CONFIGS[f"count {score_dtype}"]
     grid = (triton.cdiv(batch * num_pixels, count.constants["PIXELS"]),)
@@ -230,16 +245,20 @@ def forward(image_embeddings: Tensor, text_embeddings: Tensor) -> Tensor:
     return votes
 
 
-def _aligned(tensor: Tensor, padding: tuple[int, ...]) -> Tensor:
-    """Zeros up to whole vectors, at an address of whole vectors: one kernel with wide loads for all sizes."""
-    if any(padding):
-        return F.pad(tensor, padding)
-    tensor = tensor.contiguous()
-    return tensor.clone() if tensor.data_ptr() % ALIGN else tensor
-
-
 def _product_dtype(images: torch.dtype, words: torch.dtype) -> torch.dtype:
     """The dtype that is multiplied: float64 for float64 pixels, half precision where both agree, else float32."""
-    if images == torch.float64 or images == words:
-        return images
-    return torch.float32
+    return images if images in (torch.float64, words) else torch.float32
+
+
+def _whole_vectors(pixels: Tensor) -> Tensor:
+    """[B, P, D] -> zeros up to whole vectors, at an address of whole vectors: one kernel with wide loads for all."""
+    if pixels.shape[2] % ALIGN:
+        return F.pad(pixels, (0, -pixels.shape[2] % ALIGN))
+    pixels = pixels.contiguous()
+    return pixels.clone() if pixels.data_ptr() % ALIGN else pixels
+
+
+def _with_contiguous_rows(words: Tensor) -> Tensor:
+    """[T, D], copied only when the numbers of a word do not lie side by side."""
+    row, number = words.stride()
+    return words if number == 1 and 0 <= row <= FARTHEST else words.contiguous()

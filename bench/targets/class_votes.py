@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch import Tensor
 from errseg import ops
 from errseg.bench.cases import Case, Counts, numel, product_counts, vary
 from errseg.bench.gate import Trial, require
-from errseg.bench.registry import Bar, Implementation, Inputs, Target
+from errseg.bench.registry import Bar, Implementation, Inputs, Target, TooLarge
 from errseg.bench.targets._ops import B_AXIS, EVAL_L, SIZE_AXIS, SMALL, T_AXIS
 from errseg.testing.inputs import random_tensor, random_text_embeddings
 from errseg.testing.published_decoder import published_cost_volume, published_votes
@@ -17,12 +19,26 @@ from errseg.verify.checks import Check, compare_form, vote_bounds
 
 BASE = Case(process_memory=True)
 LARGE = Case(words=100_000, process_memory=True)
+MILLION = Case(model="small", words=1_000_000, process_memory=True)  # short words: 160 MB of them
 
 
 def _inputs(case: Case, seed: int) -> Inputs:
+    """Images as the backbone leaves them, with the channels last."""
     dim = case.decoder.text_dim
     pixels = random_tensor(case.batch, dim, case.os16, case.os16, seed=seed)
-    return pixels, random_text_embeddings(case.words, dim, seed=0)
+    return pixels.contiguous(memory_format=torch.channels_last), random_text_embeddings(case.words, dim, seed=0)
+
+
+def _in_memory(inputs: Inputs, volumes: int) -> Inputs:
+    """The inputs, where there is room for so many volumes of scores [B, T, H, W]."""
+    from errseg.verify.runner import free_gigabytes
+
+    images, words = inputs
+    needed = volumes * images[:, 0].numel() * len(words) * images.element_size() / 1e9
+    free = free_gigabytes(images.device)
+    if needed > 0.8 * free:
+        raise TooLarge(f"needs {needed:.1f} GB, {free:.1f} GB are free")
+    return inputs
 
 
 def _published(image_embeddings: Tensor, text_embeddings: Tensor) -> Tensor:
@@ -35,7 +51,7 @@ def _matmul_topk(image_embeddings: Tensor, normalized_text: Tensor) -> Tensor:
 
 
 def _prepare_matmul_topk(inputs: Inputs) -> Inputs:
-    image_embeddings, text_embeddings = inputs
+    image_embeddings, text_embeddings = _in_memory(inputs, volumes=1)
     return image_embeddings, F.normalize(text_embeddings, dim=-1)
 
 
@@ -73,11 +89,15 @@ TARGET = Target(
     ops=("class_votes",),
     cases=(BASE, LARGE),
     quick=SMALL,
-    sweeps=(*vary(BASE, words=(*T_AXIS, 3000, 10_000, 30_000, 100_000), batch=B_AXIS, size=SIZE_AXIS), EVAL_L),
+    sweeps=(
+        *vary(BASE, words=(*T_AXIS, 3000, 10_000, 30_000, 100_000), batch=B_AXIS, size=SIZE_AXIS),
+        EVAL_L,
+        MILLION,
+    ),
     inputs=_inputs,
     implementations={
         "errseg": lambda case: Implementation(ops.class_votes),
-        "published": lambda case: Implementation(_published),
+        "published": lambda case: Implementation(_published, partial(_in_memory, volumes=2)),
         "matmul+topk": lambda case: Implementation(
             _matmul_topk, _prepare_matmul_topk, lambda winners: _count(case.words, winners)
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -38,7 +39,7 @@ def _counts(case: Case, itemsize: int, passing: str) -> Counts:
 TARGET = Target(
     name="select_classes",
     ops=("select_classes",),
-    cases=(EVAL_B,),
+    cases=(EVAL_B, replace(EVAL_B, words=1_000_000)),
     quick=SMALL,
     sweeps=vary(EVAL_B, words=(*T_AXIS, 10_000, 100_000)),
     inputs=_inputs,

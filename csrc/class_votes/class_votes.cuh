@@ -28,8 +28,7 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kWarpsAcross = 4;  // along the words; the other factor is along the pixels
 constexpr int kWarpPixels = 32, kWarpWords = 32;
-constexpr int kPixelPitch = kPixels + 8;          // ldmatrix without bank conflicts
-constexpr int kPixelVector = 2, kWordVector = 4;  // neighbours that a thread loads at once
+constexpr int kVector = 4;  // channels that a thread loads at once
 constexpr int kRanks = 3;
 constexpr float kSmallestLength = 1e-12f;
 constexpr size_t kScratchBytes = 32 << 20;
@@ -41,22 +40,23 @@ enum class Number { kFloat32, kFloat64, kFloat16, kBFloat16 };
 struct Embeddings {
     const void* data;
     Number type;
-    bool aligned = false;  // to `kPixelVector` or `kWordVector` neighbours, set by `run`
+    bool aligned = false;  // to `kVector` channels, set by `run`
 
     template <typename T>
     __device__ __forceinline__ const T* as() const {
         return static_cast<const T*>(data);
     }
 
-    bool aligned_to(int count, int row) const {
+    bool is_aligned(int row_stride) const {
         const int bytes = type == Number::kFloat64 ? 8 : type == Number::kFloat32 ? 4 : 2;
-        return row % count == 0 && reinterpret_cast<uintptr_t>(data) % (count * bytes) == 0;
+        return row_stride % kVector == 0 && reinterpret_cast<uintptr_t>(data) % (kVector * bytes) == 0;
     }
 };
 
 struct Problem {
-    Embeddings pixels;  // [batch, channels, num_pixels]
-    Embeddings words;   // [num_words, channels]
+    Embeddings pixels;  // [batch, num_pixels, channels]
+    Embeddings words;   // [num_words, channels], rows `word_stride` numbers apart
+    int word_stride;
     int batch, channels, num_pixels, num_words;
     unsigned long long* votes;  // [batch, num_words], zero on entry
     void* scratch;              // Plan::scratch_bytes()
@@ -124,9 +124,9 @@ struct Top {
     }
 };
 
-template <typename T, int kCount>
-struct alignas(sizeof(T) * kCount) Neighbours {
-    T values[kCount];
+template <typename T>
+struct alignas(sizeof(T) * kVector) Neighbours {
+    T values[kVector];
 };
 
 template <typename To, typename T>
@@ -138,25 +138,25 @@ __device__ __forceinline__ To convert(T value) {
     }
 }
 
-// The first `valid` of kCount neighbours, zero beyond; in one access where `aligned` allows it.
-template <int kCount, typename To, typename T>
-__device__ __forceinline__ void load(To (&result)[kCount], const T* from, int valid, bool aligned) {
-    if (aligned && valid >= kCount) {
-        const auto values = *reinterpret_cast<const Neighbours<T, kCount>*>(from);
+// The first `valid` of kVector neighbours, zero beyond; in one access where `aligned` allows it.
+template <typename To, typename T>
+__device__ __forceinline__ void load(To (&result)[kVector], const T* from, int valid, bool aligned) {
+    if (aligned && valid >= kVector) {
+        const auto values = *reinterpret_cast<const Neighbours<T>*>(from);
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) result[i] = convert<To>(values.values[i]);
+        for (int i = 0; i < kVector; ++i) result[i] = convert<To>(values.values[i]);
     } else {
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) result[i] = i < valid ? convert<To>(from[i]) : narrow<To>(0.0f);
+        for (int i = 0; i < kVector; ++i) result[i] = i < valid ? convert<To>(from[i]) : narrow<To>(0.0f);
     }
 }
 
 // The leading part of some numbers, two to a register, which is removed from them: the parts add up to the
 // number.
-template <typename Part, int kCount>
-__device__ __forceinline__ void take_part(uint32_t (&packed)[kCount / 2], float (&values)[kCount]) {
+template <typename Part>
+__device__ __forceinline__ void take_part(uint32_t (&packed)[kVector / 2], float (&values)[kVector]) {
 #pragma unroll
-    for (int i = 0; i < kCount; i += 2) {
+    for (int i = 0; i < kVector; i += 2) {
         const Part low = narrow<Part>(values[i]), high = narrow<Part>(values[i + 1]);
         packed[i / 2] = pack(low, high);
         values[i] -= widen(low), values[i + 1] -= widen(high);
@@ -164,10 +164,10 @@ __device__ __forceinline__ void take_part(uint32_t (&packed)[kCount / 2], float 
 }
 
 // Of numbers that are their only part.
-template <typename Part, int kCount>
-__device__ __forceinline__ void take_part(uint32_t (&packed)[kCount / 2], Part (&values)[kCount]) {
+template <typename Part>
+__device__ __forceinline__ void take_part(uint32_t (&packed)[kVector / 2], Part (&values)[kVector]) {
 #pragma unroll
-    for (int i = 0; i < kCount; i += 2) packed[i / 2] = pack(values[i], values[i + 1]);
+    for (int i = 0; i < kVector; i += 2) packed[i / 2] = pack(values[i], values[i + 1]);
 }
 
 constexpr int kPixelTiles = kWarpPixels / 16, kWordTiles = kWarpWords / 8;  // of one warp, m16n8k16
@@ -181,8 +181,9 @@ struct Split {
     static constexpr int kParts = kCount;
     // Channels at a time. Three parts leave fewer registers for the tile that waits.
     static constexpr int kDepth = kParts == 1 ? 32 : 16;
-    static constexpr int kWordPitch = kDepth + 8;
-    static constexpr int kWordLanes = kDepth / 4;  // threads that load one word
+    static constexpr int kPitch = kDepth + 8;        // ldmatrix without bank conflicts
+    static constexpr int kLanes = kDepth / kVector;  // threads that load one pixel or word
+    static constexpr int kStep = kThreads / kLanes;  // pixels or words that the block loads at once
 };
 
 // The block's tiles of 64 pixels and 128 words, kDepth channels deep, in kParts parts; and every thread's
@@ -190,14 +191,14 @@ struct Split {
 template <typename How>
 struct Shared {
     using Part = typename How::Part;
-    Part* pixels;       // [kParts][kDepth][kPixelPitch]
-    Part* words;        // [kParts][kWords][kWordPitch]
+    Part* pixels;       // [kParts][kPixels][kPitch]
+    Part* words;        // [kParts][kWords][kPitch]
     float* scales;      // [kWords], one over the word's length
     float* top_scores;  // [kLists][kRanks][kThreads]
     int* top_ids;       // likewise
 
-    static constexpr size_t kPixelNumbers = size_t(How::kParts) * How::kDepth * kPixelPitch;
-    static constexpr size_t kWordNumbers = size_t(How::kParts) * kWords * How::kWordPitch;
+    static constexpr size_t kPixelNumbers = size_t(How::kParts) * kPixels * How::kPitch;
+    static constexpr size_t kWordNumbers = size_t(How::kParts) * kWords * How::kPitch;
     static constexpr size_t kTopNumbers = size_t(kLists) * kRanks * kThreads;
     static constexpr size_t kBytes = (kPixelNumbers + kWordNumbers) * sizeof(Part) + kWords * sizeof(float) +
                                      kTopNumbers * (sizeof(float) + sizeof(int));
@@ -228,41 +229,41 @@ struct Shared {
     }
 };
 
-// What one thread brings from global to shared memory: pairs of pixels in four channels, and four channels of
-// four words. The next tile waits in registers while the tensor cores work on this one.
+// What one thread brings from global to shared memory: four channels of a few pixels and words. The next tile
+// waits in registers while the tensor cores work on this one.
 template <typename How>
 struct Stage {
     using Part = typename How::Part;
-    static constexpr int kParts = How::kParts, kDepth = How::kDepth, kWordPitch = How::kWordPitch;
-    static constexpr int kPixelRows = kDepth / kWarps, kWordRows = kWords * How::kWordLanes / kThreads;
+    static constexpr int kParts = How::kParts;
+    static constexpr int kPixelRows = kPixels / How::kStep, kWordRows = kWords / How::kStep;
     using Number = std::conditional_t<kParts == 1, Part, float>;
-    Number pixels[kPixelRows][kPixelVector];
-    Number words[kWordRows][kWordVector];
+    Number pixels[kPixelRows][kVector];
+    Number words[kWordRows][kVector];
 
-    template <typename T>
-    __device__ __forceinline__ void load_pixels(const Problem& p, const T* image, int first_pixel,
-                                                int channel) {
-        const int pixel = first_pixel + 2 * (threadIdx.x % kWarpSize);
-        int d = channel + threadIdx.x / kWarpSize;
-        const T* from = image + size_t(d) * p.num_pixels + pixel;
+    __device__ __forceinline__ static int row(int i) { return threadIdx.x / How::kLanes + i * How::kStep; }
+
+    // Of the rows from `first` on, those before `end`; `channel` is the tile's first.
+    template <int kRows, typename T>
+    __device__ __forceinline__ static void load_rows(Number (&rows)[kRows][kVector], const T* all,
+                                                     unsigned stride, bool aligned, int first, int end,
+                                                     int channel, int channels) {
+        const int d = channel + threadIdx.x % How::kLanes * kVector;
+        // Unsigned products take fewer registers.
+        const T* from = all + size_t(unsigned(first + row(0))) * stride + unsigned(d);
 #pragma unroll
-        for (int i = 0; i < kPixelRows; ++i, d += kWarps, from += size_t(kWarps) * p.num_pixels)
-            load(pixels[i], from, d < p.channels ? p.num_pixels - pixel : 0, p.pixels.aligned);
+        for (int i = 0; i < kRows; ++i, from += size_t(How::kStep) * stride)
+            load(rows[i], from, first + row(i) < end ? channels - d : 0, aligned);
     }
 
-    template <typename T>
-    __device__ __forceinline__ void load_words(const Problem& p, const T* all, int first_word, int channel) {
-        const int d = channel + threadIdx.x % How::kWordLanes * 4;
-        constexpr int kStep = kThreads / How::kWordLanes;
-        int word = first_word + word_row(0);
-        const T* from = all + size_t(word) * p.channels + d;
+    template <int kRows>
+    __device__ __forceinline__ static void store_rows(Part* to, Number (&rows)[kRows][kVector]) {
 #pragma unroll
-        for (int i = 0; i < kWordRows; ++i, word += kStep, from += size_t(kStep) * p.channels)
-            load(words[i], from, word < p.num_words ? p.channels - d : 0, p.words.aligned);
-    }
-
-    __device__ __forceinline__ static int word_row(int i) {
-        return threadIdx.x / How::kWordLanes + i * (kThreads / How::kWordLanes);
+        for (int i = 0; i < kRows; ++i) {
+            uint32_t packed[2];
+            take_part<Part>(packed, rows[i]);
+            Part* at = to + row(i) * How::kPitch + threadIdx.x % How::kLanes * kVector;
+            *reinterpret_cast<uint2*>(at) = {packed[0], packed[1]};
+        }
     }
 
     // Also adds the squares to `squares`.
@@ -270,26 +271,12 @@ struct Stage {
 #pragma unroll
         for (int i = 0; i < kWordRows; ++i)
 #pragma unroll
-            for (int c = 0; c < 4; ++c)
+            for (int c = 0; c < kVector; ++c)
                 squares[i] = std::fma(widen(words[i][c]), widen(words[i][c]), squares[i]);
 #pragma unroll
         for (int part = 0; part < kParts; ++part) {
-#pragma unroll
-            for (int i = 0; i < kPixelRows; ++i) {
-                uint32_t packed[1];
-                take_part<Part>(packed, pixels[i]);
-                const int row = part * kDepth + threadIdx.x / kWarpSize + i * kWarps;
-                Part* to = shared.pixels + row * kPixelPitch + 2 * (threadIdx.x % kWarpSize);
-                *reinterpret_cast<uint32_t*>(to) = packed[0];
-            }
-#pragma unroll
-            for (int i = 0; i < kWordRows; ++i) {
-                uint32_t packed[2];
-                take_part<Part>(packed, words[i]);
-                Part* to = shared.words + (part * kWords + word_row(i)) * kWordPitch +
-                           threadIdx.x % How::kWordLanes * 4;
-                *reinterpret_cast<uint2*>(to) = {packed[0], packed[1]};
-            }
+            store_rows(shared.pixels + part * kPixels * How::kPitch, pixels);
+            store_rows(shared.words + part * kWords * How::kPitch, words);
         }
     }
 };
@@ -318,14 +305,13 @@ template <typename How>
 __device__ __forceinline__ void multiply(const Shared<How>& shared,
                                          float (&sums)[kPixelTiles][kWordTiles][4]) {
     using Part = typename How::Part;
-    constexpr int kParts = How::kParts, kDepth = How::kDepth, kWordPitch = How::kWordPitch;
+    constexpr int kParts = How::kParts, kDepth = How::kDepth, kPitch = How::kPitch;
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
     const int matrix = lane / 8, row = lane % 8;
-    const Part* pixels = shared.pixels + (row + matrix / 2 * 8) * kPixelPitch +
-                         warp / kWarpsAcross * kWarpPixels + matrix % 2 * 8;
-    const Part* words = shared.words +
-                        (row + matrix / 2 * 8 + warp % kWarpsAcross * kWarpWords) * kWordPitch +
-                        matrix % 2 * 8;
+    const Part* pixels =
+        shared.pixels + (row + matrix % 2 * 8 + warp / kWarpsAcross * kWarpPixels) * kPitch + matrix / 2 * 8;
+    const Part* words =
+        shared.words + (row + matrix / 2 * 8 + warp % kWarpsAcross * kWarpWords) * kPitch + matrix % 2 * 8;
 #pragma unroll 1  // both steps at once would need more registers than two blocks per multiprocessor leave
     for (int depth = 0; depth < kDepth; depth += 16) {
         uint32_t a[kParts][kPixelTiles][4];
@@ -333,13 +319,13 @@ __device__ __forceinline__ void multiply(const Shared<How>& shared,
         for (int part = 0; part < kParts; ++part)
 #pragma unroll
             for (int m = 0; m < kPixelTiles; ++m)
-                ldmatrix<4, true>(a[part][m], pixels + (part * kDepth + depth) * kPixelPitch + m * 16);
+                ldmatrix<4>(a[part][m], pixels + (part * kPixels + m * 16) * kPitch + depth);
 #pragma unroll
         for (int n = 0; n < kWordTiles; n += 2) {
             uint32_t b[kParts][4];
 #pragma unroll
             for (int part = 0; part < kParts; ++part)
-                ldmatrix<4>(b[part], words + (part * kWords + n * 8) * kWordPitch + depth);
+                ldmatrix<4>(b[part], words + (part * kWords + n * 8) * kPitch + depth);
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 // Tensor cores cut off what does not fit a sum, so long sums are kept outside of them.
@@ -368,7 +354,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     const Shared<How> shared(dynamic_shared());
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
     const int tile = first_tile + blockIdx.x, image = tile / plan.tiles_per_image;
-    const int first_pixel = (tile - image * plan.tiles_per_image) * kPixels;
+    // The pixels of all images are rows of one matrix.
+    const int pixel_end = (image + 1) * p.num_pixels;
+    const int first_pixel = image * p.num_pixels + (tile - image * plan.tiles_per_image) * kPixels;
     const int slice_begin = blockIdx.y * plan.words_per_slice;
     const int slice_end = min(slice_begin + plan.words_per_slice, p.num_words);
 
@@ -376,10 +364,13 @@ __global__ void __launch_bounds__(kThreads, 2)
     const auto fetch = [&](int first_word, int channel) {
         visit<How>(p.pixels.type, [&](auto number) {
             const auto* all = p.pixels.as<decltype(number)>();
-            stage.load_pixels(p, all + size_t(image) * p.channels * p.num_pixels, first_pixel, channel);
+            stage.load_rows(stage.pixels, all, p.channels, p.pixels.aligned, first_pixel, pixel_end, channel,
+                            p.channels);
         });
         visit<How>(p.words.type, [&](auto number) {
-            stage.load_words(p, p.words.as<decltype(number)>(), first_word, channel);
+            const auto* all = p.words.as<decltype(number)>();
+            stage.load_rows(stage.words, all, p.word_stride, p.words.aligned, first_word, p.num_words,
+                            channel, p.channels);
         });
     };
 
@@ -400,9 +391,9 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 #pragma unroll
         for (int i = 0; i < Stage<How>::kWordRows; ++i) {
-            const float length = std::sqrt(warp_sum<How::kWordLanes>(squares[i]));
+            const float length = std::sqrt(warp_sum<How::kLanes>(squares[i]));
             const float scale = 1.0f / (length > kSmallestLength ? length : kSmallestLength);
-            if (threadIdx.x % How::kWordLanes == 0) shared.scales[stage.word_row(i)] = scale;
+            if (threadIdx.x % How::kLanes == 0) shared.scales[stage.row(i)] = scale;
         }
         __syncthreads();
 #pragma unroll
@@ -422,7 +413,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
 
     // Four lanes of four warps have each seen other words of the same pixel.
-    if (threadIdx.x >= kPixels || first_pixel + int(threadIdx.x) >= p.num_pixels) return;
+    if (threadIdx.x >= kPixels || first_pixel + int(threadIdx.x) >= pixel_end) return;
     const int pixel = threadIdx.x % kWarpPixels, first_warp = threadIdx.x / kWarpPixels * kWarpsAcross;
     Top top;
     for (int across = 0; across < kWarpsAcross; ++across)
@@ -477,8 +468,8 @@ cudaError_t run_split(const Problem& p, const Plan& plan, cudaStream_t stream) {
 
 // Needs at least one word; `plan` made for this problem.
 inline cudaError_t run(Problem p, const Plan& plan, cudaStream_t stream) {
-    p.pixels.aligned = p.pixels.aligned_to(kPixelVector, p.num_pixels);
-    p.words.aligned = p.words.aligned_to(kWordVector, p.channels);
+    p.pixels.aligned = p.pixels.is_aligned(p.channels);
+    p.words.aligned = p.words.is_aligned(p.word_stride);
     const Number type = p.pixels.type;
     if (type == p.words.type && type == Number::kBFloat16) return run_split<Split<bf16, 1>>(p, plan, stream);
     if (type == p.words.type && type == Number::kFloat16) return run_split<Split<half, 1>>(p, plan, stream);

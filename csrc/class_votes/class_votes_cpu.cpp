@@ -150,15 +150,18 @@ int64_t panels_of(int64_t count, int64_t width) {
 template <typename S>
 class Ballot {
   public:
-    Ballot(const Tensor& images, const Tensor& words)
+    /// Images [B, D, H, W], or [B, H, W, D] with the channels last.
+    Ballot(const Tensor& images, bool channels_last, const Tensor& words)
         : images_(images),
           words_(words),
+          channels_last_(channels_last),
           read_image_(reader<S>(images, "image_embeddings")),
           read_words_(reader<S>(words, "text_embeddings")),
           batch_(images.size(0)),
-          depth_(images.size(1)),
-          num_pixels_(images.size(2) * images.size(3)),
+          depth_(words.size(1)),
+          num_pixels_(images.size(channels_last ? 1 : 2) * images.size(channels_last ? 2 : 3)),
           num_words_(words.size(0)),
+          word_stride_(words.stride(0)),
           panels_per_image_(panels_of(num_pixels_, kernel_.pixels)) {}
 
     void run(int64_t* votes) const {
@@ -182,15 +185,34 @@ class Ballot {
     void pack(int64_t start, int64_t panels, S* packed) const {
         torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; ++i) {
-                const int64_t b = (start + i) / panels_per_image_, p = first_pixel(start + i),
-                              n = width_at(p);
-                for (int64_t d = 0; d < depth_; ++d) {
-                    S* row = packed + (i * depth_ + d) * kernel_.pixels;
-                    read_image_(images_, (b * depth_ + d) * num_pixels_ + p, n, row);
-                    std::fill(row + n, row + kernel_.pixels, S(0));
-                }
+                const int64_t b = (start + i) / panels_per_image_, p = first_pixel(start + i);
+                S* panel = packed + i * depth_ * kernel_.pixels;
+                if (channels_last_)
+                    pack_pixels(b * num_pixels_ + p, width_at(p), panel);
+                else
+                    pack_maps(b * depth_ * num_pixels_ + p, width_at(p), panel);
             }
         });
+    }
+
+    /// `n` pixels, of which the first stands at `first` in the first map, into a panel [depth, pixels].
+    void pack_maps(int64_t first, int64_t n, S* panel) const {
+        for (int64_t d = 0; d < depth_; ++d, panel += kernel_.pixels) {
+            read_image_(images_, first + d * num_pixels_, n, panel);
+            std::fill(panel + n, panel + kernel_.pixels, S(0));
+        }
+    }
+
+    /// `n` pixels from the one numbered `first` on.
+    void pack_pixels(int64_t first, int64_t n, S* panel) const {
+        std::vector<S> pixel(depth_);
+        for (int64_t k = 0; k < kernel_.pixels; ++k) {
+            if (k < n)
+                read_image_(images_, (first + k) * depth_, depth_, pixel.data());
+            else
+                std::fill(pixel.begin(), pixel.end(), S(0));
+            for (int64_t d = 0; d < depth_; ++d) panel[d * kernel_.pixels + k] = pixel[d];
+        }
     }
 
     void rank(int64_t panels, const S* pixels, Best<S> best) const {
@@ -227,7 +249,7 @@ class Ballot {
         for (int64_t i = 0; i < kernel_.words; ++i) {
             const int64_t id = panel * kernel_.words + i;
             if (id < num_words_)
-                read_words_(words_, id * depth_, depth_, word.data());
+                read_words_(words_, id * word_stride_, depth_, word.data());
             else
                 std::fill(word.begin(), word.end(), S(0));
             pack_word(word.data(), depth_, kernel_.words, packed + i);
@@ -251,20 +273,25 @@ class Ballot {
 
     const Kernel<S> kernel_ = choose_kernel<S>();
     const Tensor &images_, &words_;
+    const bool channels_last_;
     const Reader<S> read_image_, read_words_;
-    const int64_t batch_, depth_, num_pixels_, num_words_, panels_per_image_;
+    const int64_t batch_, depth_, num_pixels_, num_words_, word_stride_, panels_per_image_;
 };
 
 Tensor class_votes_cpu(const Tensor& images_in, const Tensor& words_in) {
-    const Tensor images = as_contiguous(images_in), words = as_contiguous(words_in);
-    expect(images.dim() == 4, "image_embeddings [B, D, H, W]", images);
-    expect(words.dim() == 2 && words.size(1) == images.size(1), "text_embeddings [T, D]", words);
+    expect(images_in.dim() == 4, "image_embeddings [B, D, H, W]", images_in);
+    expect(words_in.dim() == 2 && words_in.size(1) == images_in.size(1), "text_embeddings [T, D]", words_in);
+    const Tensor pixels = torch::stable::transpose(torch::stable::transpose(images_in, 1, 2), 2, 3);
+    const bool channels_last = pixels.is_contiguous();  // as the backbone lays them out
+    const Tensor images = channels_last ? pixels : as_contiguous(images_in);
+    const Tensor words = with_contiguous_rows(words_in);
     STD_TORCH_CHECK(words.size(0) < std::numeric_limits<int32_t>::max() - 64,
                     "too many words: ", words.size(0));
     Tensor votes = torch::stable::new_zeros(images, {images.size(0), words.size(0)}, ScalarType::Long);
-    if (images.numel() == 0 && images.size(1) > 0) return votes;
+    if (images.numel() == 0 && words.size(1) > 0) return votes;
     visit_score(images, [&](auto tag) {
-        Ballot<typename decltype(tag)::type>(images, words).run(mutable_data<int64_t>(votes));
+        using S = typename decltype(tag)::type;
+        Ballot<S>(images, channels_last, words).run(mutable_data<int64_t>(votes));
     });
     return votes;
 }

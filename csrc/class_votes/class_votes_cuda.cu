@@ -25,15 +25,18 @@ Tensor class_votes_cuda(const Tensor& image_in, const Tensor& text_in) {
     expect_same_device(image_in, text_in, "text_embeddings");
 
     const torch::stable::accelerator::DeviceGuard guard(image_in.get_device_index());
-    const Tensor image = as_contiguous(image_in), text = as_contiguous(text_in);
+    // [B, H, W, D]: as the backbone lays them out, else a copy.
+    const Tensor channels_last = torch::stable::transpose(torch::stable::transpose(image_in, 1, 2), 2, 3);
+    const Tensor image = as_contiguous(channels_last), text = with_contiguous_rows(text_in);
     Tensor votes = empty(image, {image.size(0), text.size(0)}, ScalarType::Long);
     torch::stable::zero_(votes);
 
     class_votes::Problem problem{};
     problem.pixels = embeddings(image, "image_embeddings");
     problem.words = embeddings(text, "text_embeddings");
-    problem.batch = as_int(image.size(0), "B"), problem.channels = as_int(image.size(1), "D");
-    problem.num_pixels = as_int(image.size(2) * image.size(3), "H x W");
+    problem.word_stride = as_int(text.stride(0), "the stride of text_embeddings");
+    problem.batch = as_int(image.size(0), "B"), problem.channels = as_int(image.size(3), "D");
+    problem.num_pixels = as_int(image.size(1) * image.size(2), "H x W");
     problem.num_words = as_int(text.size(0), "T");
     problem.votes = static_cast<unsigned long long*>(votes.mutable_data_ptr());
     as_int(image.size(0) * problem.num_pixels, "B x H x W");

@@ -148,10 +148,10 @@ inline Tensor as_contiguous(const Tensor& tensor) {
     return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
-/// A matrix whose rows are contiguous, as far apart as they like: views of rows or columns are not copied.
+/// A matrix whose rows are contiguous and less than 2^30 numbers apart: most views are not copied.
 inline Tensor with_contiguous_rows(const Tensor& matrix) {
     const bool rows = matrix.dim() == 2 && matrix.stride(1) == 1 && matrix.stride(0) >= 0;
-    return rows ? matrix : as_contiguous(matrix);
+    return rows && matrix.stride(0) < (int64_t(1) << 30) ? matrix : as_contiguous(matrix);
 }
 
 /// An uninitialised tensor on the device of `like`.

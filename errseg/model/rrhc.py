@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from errseg import ops
@@ -66,19 +65,10 @@ class RRHC(nn.Module):
             required: [B, T] bool, ground-truth classes that the selection must keep (training).
         """
         if class_ids is None:
-            class_ids = select(os16_dense, text_embeddings, num_selected, required)
+            class_ids = ops.reduce_vocabulary(os16_dense, text_embeddings, num_selected, required)
         cost16 = ops.cost_volume(os16_dense, text_embeddings, class_ids)
         cost32 = ops.cost_volume(os32_dense, text_embeddings, class_ids)
         return RRHCOutput(self.embedding(cost16, cost32), class_ids)
-
-
-def select(os16_dense: Tensor, text_embeddings: Tensor, num_selected: int, required: Tensor | None) -> Tensor:
-    """The classes that the pixels vote for: [B, min(K, T)] int64, ascending; all of them when T <= K."""
-    num_words = text_embeddings.shape[0]
-    if 0 < num_words <= num_selected:
-        return torch.arange(num_words, device=os16_dense.device).repeat(os16_dense.shape[0], 1)
-    votes = ops.class_votes(os16_dense, text_embeddings)
-    return ops.select_classes(votes, num_selected, required)
 
 
 def _weight_and_bias(layer: nn.Conv2d) -> tuple[Tensor, Tensor]:

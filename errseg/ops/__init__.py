@@ -11,6 +11,7 @@ from errseg.ops.cost_embedding import CostEmbeddingParams, FoldedCostEmbedding, 
 from errseg.ops.cost_volume import cost_volume
 from errseg.ops.depthwise_conv import depthwise_conv
 from errseg.ops.gated_mlp import FoldedGatedMLP, GatedMLPParams, gated_mlp
+from errseg.ops.reduce_vocabulary import reduce_vocabulary
 from errseg.ops.select_classes import select_classes
 from errseg.ops.spatial_attention import FoldedSpatialAttention, SpatialAttentionParams, spatial_attention
 from errseg.ops.upsample_argmax import upsample_argmax
@@ -37,6 +38,7 @@ __all__ = [
     "cost_volume",
     "depthwise_conv",
     "gated_mlp",
+    "reduce_vocabulary",
     "select_classes",
     "spatial_attention",
     "upsample_argmax",

@@ -30,8 +30,10 @@ def class_votes(image_embeddings: Tensor, text_embeddings: Tensor, *, backend: s
     """Count, for every word, the pixels that rank it first, second and third by cosine.
 
     Args:
-        image_embeddings: [B, D, H, W] pixel embeddings at 1/16 of the image; their length does not matter.
-        text_embeddings: [T, D] word embeddings, T >= 1; normalised inside, ``1e-12`` guards zero vectors.
+        image_embeddings: [B, D, H, W] pixel embeddings at 1/16 of the image, preferably with the channels last in
+            memory; their length does not matter.
+        text_embeddings: [T, D] word embeddings, T >= 1; normalised inside, ``1e-12`` guards zero vectors. Their
+            dtype may differ; they are converted a few at a time.
         backend: strict choice of a backend.
 
     Returns:
@@ -43,9 +45,14 @@ def class_votes(image_embeddings: Tensor, text_embeddings: Tensor, *, backend: s
 
     Source: paper, RRHC: class selection; weights 1, 0.1, 0.01 scaled to exact integers.
     """
+    check_embeddings(image_embeddings, text_embeddings)
+    return OP(image_embeddings.detach(), text_embeddings.detach(), backend=backend)
+
+
+def check_embeddings(image_embeddings: Tensor, text_embeddings: Tensor) -> None:
+    """Raise ValueError unless these are [B, D, H, W] and [T, D] with T >= 1."""
     expect_floating(image_embeddings, 4, "image_embeddings [B, D, H, W] floating")
     expect_floating(text_embeddings, 2, "text_embeddings [T, D] floating")
     expect(text_embeddings.shape[0] > 0, "at least one text embedding", text_embeddings)
     channels = image_embeddings.shape[1]
     expect(text_embeddings.shape[1] == channels, f"text_embeddings [T, {channels}]", text_embeddings)
-    return OP(image_embeddings.detach(), text_embeddings.detach(), backend=backend)

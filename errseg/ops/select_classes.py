@@ -28,7 +28,7 @@ def select_classes(
     """Select the ``num_selected`` classes with most votes; ties go to the lowest class id.
 
     Args:
-        votes: [B, T] int64, non-negative.
+        votes: [B, T] int64, non-negative, T of them below 2**63.
         num_selected: K >= 1; with T <= K every class is kept.
         required: [B, T] bool, the classes of the ground truth (training). They come first; voted classes that are
             not among them follow in ascending id until K are found. Of more than K required ones the highest ids
@@ -44,8 +44,13 @@ def select_classes(
     Source: paper, RRHC: class selection.
     """
     expect(votes.ndim == 2 and votes.dtype == torch.int64, "votes [B, T] int64", votes)
+    check_selection(votes.shape[0], votes.shape[1], num_selected, required)
+    return OP(votes, num_selected, required, backend=backend)
+
+
+def check_selection(batch: int, num_words: int, num_selected: int, required: Tensor | None) -> None:
+    """Raise ValueError unless K >= 1 and ``required`` is [B, T] bool or absent."""
     expect(num_selected >= 1, "num_selected >= 1", num_selected)
     if required is not None:
-        good = required.shape == votes.shape and required.dtype == torch.bool
-        expect(good, f"required {list(votes.shape)} bool", required)
-    return OP(votes, num_selected, required, backend=backend)
+        good = tuple(required.shape) == (batch, num_words) and required.dtype == torch.bool
+        expect(good, f"required {[batch, num_words]} bool", required)

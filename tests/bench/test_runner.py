@@ -14,7 +14,7 @@ from torch import Tensor
 from errseg.bench import gate, official
 from errseg.bench.precision import Precision
 from errseg.bench.providers import find_provider
-from errseg.bench.registry import Target, find_target
+from errseg.bench.registry import Implementation, Inputs, Target, TooLarge, find_target
 from errseg.bench.rows import Row
 from errseg.bench.runner import QUICK, Runner
 from errseg.errors import ErrSegError
@@ -89,6 +89,19 @@ def test_a_provider_that_raises_is_a_failed_row() -> None:
     rows = measure(fake_target(eager=raising), "published", "eager")
     assert rows["eager", "both"].reason == "RuntimeError: no such kernel"
     assert rows["published", "both"].status == "ok"
+
+
+def test_what_does_not_fit_into_memory_is_no_failure() -> None:
+    def prepare(inputs: Inputs) -> Inputs:
+        raise TooLarge("needs 99.0 GB, 1.0 GB are free")
+
+    target = fake_target()
+    large = {"eager": lambda case: Implementation(square, prepare)}
+    target = replace(target, implementations=target.implementations | large)
+    rows = measure(target, "published", "eager", passes=("forward",))
+    row = rows["eager", "forward"]
+    assert (row.status, row.reason) == ("unavailable", "needs 99.0 GB, 1.0 GB are free")
+    assert rows["published", "forward"].status == "ok"
 
 
 def test_a_provider_that_raises_later_is_a_failed_row() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 from errseg.ops import reference
 from errseg.testing import published_votes
 from tests.cuda.emulated import TYPES, EmulatorFault
+from tests.ops.cases import words_far_apart
 
 Emulate = Callable[..., Any]
 SOURCE = "class_votes/class_votes.cuh"
@@ -26,12 +28,14 @@ def device(emulate: Emulate) -> Any:
 def run(
     device: Any, pixels: Tensor, words: Tensor, *, seed: int = 0, multiprocessors: int = MANY, most_tiles: int = 0
 ) -> Tensor:
-    """[B, D, P], [T, D] -> [B, T]; scratch memory is poisoned."""
+    """[B, D, P], [T, D] with contiguous rows -> [B, T]; scratch memory is poisoned."""
     batch, channels, num_pixels = pixels.shape
     votes = torch.zeros((batch, words.shape[0]), dtype=torch.int64)
     sizes = (batch, channels, num_pixels, words.shape[0], multiprocessors, most_tiles)
     types = TYPES[pixels.dtype], TYPES[words.dtype]
-    device("class_votes", seed, *types, pixels.contiguous(), words.contiguous(), votes, *sizes)
+    rows = words if words.is_contiguous() else words.data_ptr()  # only whole tensors travel to another process
+    channels_last = pixels.transpose(1, 2).contiguous()
+    device("class_votes", seed, *types, channels_last, rows, words.stride(0), votes, *sizes)
     return votes
 
 
@@ -73,6 +77,24 @@ def test_equals_the_reference(device: Any, dtype: torch.dtype, multiprocessors: 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_mixed_types(device: Any, dtype: torch.dtype) -> None:
     pixels, words = torch.randn(1, 24, 50).bfloat16(), torch.randn(60, 24).to(dtype)
+    wanted = reference.class_votes(pixels.double()[..., None], words.double())
+    assert torch.equal(run(device, pixels, words), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_words_may_lie_apart(device: Any, dtype: torch.dtype) -> None:
+    check_views(device, dtype)
+
+
+def check_views(device: Any, dtype: torch.dtype) -> None:
+    pixels, words = torch.randn(1, 20, 40).to(dtype), torch.randn(150, 48).to(dtype)
+    for view in (words[:, 8:28], words[:, 5:25], words[::2, :20], words[:1, :20].expand(150, 20)):
+        wanted = reference.class_votes(pixels.double()[..., None], view.double())
+        assert torch.equal(run(device, pixels, view), wanted)
+
+
+def test_offsets_beyond_32_bits(device: Any, tmp_path: Path) -> None:
+    words, pixels = words_far_apart(tmp_path), torch.randn(1, 16, 30)
     wanted = reference.class_votes(pixels.double()[..., None], words.double())
     assert torch.equal(run(device, pixels, words), wanted)
 
@@ -150,6 +172,8 @@ def test_under_sanitizers(emulate: Emulate, dtype: torch.dtype) -> None:
 
 
 BREAKS = {
+    "rows taken for contiguous": ("all, p.word_stride, p.words", "all, p.channels, p.words"),
+    "images taken for the first": ("image * p.num_pixels + (tile", "(tile"),
     "last tile of words dropped": ("first_word < slice_end;", "first_word + kWords <= slice_end;"),
     "last tile of pixels dropped": (
         "tiles_per_image = ceil_div(p.num_pixels, kPixels)",
@@ -173,6 +197,7 @@ BREAKS = {
 def test_a_broken_kernel_fails(emulate: Emulate, name: str) -> None:
     broken = emulate("class_votes", edits={SOURCE: BREAKS[name]})
     with pytest.raises((AssertionError, EmulatorFault)):
+        check_views(broken, torch.float32)
         check(broken, 2, 37, 67, 131, seed=1, multiprocessors=ONE)
         test_all_scores_negative(broken)
         check_precision(broken, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,11 +27,27 @@ def interpreted(op: str, backend: str) -> bool:
     return ops.OPS[op].why_not(backend) == "interpreted"
 
 
+def exact_embeddings(batch: int, words: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Pixels [B, 16, H, W] and words [T, 16] whose cosines are exact in every order of summation, and tie often."""
+    return torch.randint(-2, 3, (batch, 16, height, width)).float(), torch.randint(0, 2, (words, 16)).float() * 2 - 1
+
+
+def words_far_apart(folder: Path) -> Tensor:
+    """[140, 16] bfloat16, whose rows are 2^24 numbers apart in a file that is nearly all hole."""
+    size = 140 << 24
+    with open(folder / "sparse", "wb") as file:
+        file.truncate(2 * size)
+    words = torch.from_file(str(folder / "sparse"), shared=True, size=size, dtype=torch.bfloat16)
+    words = words.as_strided((140, 16), (1 << 24, 1))
+    return words.copy_(torch.randn(140, 16))
+
+
 def gradients(call: Callable[[Sample], Any], sample: Sample) -> list[Tensor]:
     """Gradients of a fixed random functional of the result with respect to every floating tensor of the call."""
     leaves = [leaf.detach().clone().requires_grad_() for leaf in sample.leaves()]
     result = call(sample.with_leaves(iter(leaves)))
     cotangent = torch.randn(result.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    cotangent = cotangent.bfloat16()  # the same in every dtype
     return list(torch.autograd.grad(result, leaves, cotangent.to(result.dtype), allow_unused=True))
 
 

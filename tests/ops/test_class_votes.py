@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
 
 from errseg import ops
 from errseg.testing import AllocationSpy, published_votes
-from tests.ops.cases import HALF, interpreted, on_backends
+from tests.ops.cases import HALF, exact_embeddings, interpreted, on_backends, words_far_apart
 
 backends = on_backends("class_votes")
 reference = import_module("errseg.ops.reference.class_votes")
@@ -58,6 +59,17 @@ def test_duplicate_words_share_no_votes(backend: str) -> None:
 
 
 @backends
+@pytest.mark.parametrize("words", [65, 100_000])
+def test_duplicates_far_apart_leave_the_votes_to_the_first(words: int, backend: str) -> None:
+    if interpreted("class_votes", backend):
+        words = min(words, 1_500)
+    pixels, text = exact_embeddings(2, words, 3, 7)
+    text[-3:], text[words // 2] = text[0], text[1]
+    cost = torch.einsum("bdhw,td->bthw", pixels, text)
+    assert torch.equal(ops.class_votes(pixels, text, backend=backend), published_votes(cost))
+
+
+@backends
 @pytest.mark.parametrize("dtype", HALF)
 def test_half_precision_embeddings_are_multiplied_in_float32(dtype: torch.dtype, backend: str) -> None:
     pixels, words = torch.randn(2, 32, 8, 9).to(dtype), torch.randn(50, 32).to(dtype)
@@ -68,6 +80,53 @@ def test_half_precision_embeddings_are_multiplied_in_float32(dtype: torch.dtype,
     with torch.autocast("cpu", torch.bfloat16):
         inside = ops.class_votes(pixels.float(), words.float(), backend=backend)
     assert torch.equal(inside, ops.class_votes(pixels.float(), words.float(), backend=backend))
+
+
+@backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF])
+@pytest.mark.parametrize("of_words", [torch.float32, torch.float64, *HALF])
+def test_words_of_another_dtype(dtype: torch.dtype, of_words: torch.dtype, backend: str) -> None:
+    pixels = torch.randn(1, 24, 3, 7).to(dtype)
+    words = torch.randn(70, 24).bfloat16().half().to(of_words)  # every dtype holds the same
+    wanted = ops.class_votes(pixels.double(), words.double(), backend="reference")
+    assert torch.equal(ops.class_votes(pixels, words, backend=backend), wanted)
+
+
+@backends
+@pytest.mark.parametrize("channels", [10, 48])
+def test_images_in_every_layout(channels: int, backend: str) -> None:
+    pixels, words = torch.randn(2, channels, 5, 7), torch.randn(70, channels)
+    wanted = ops.class_votes(pixels.double(), words.double(), backend="reference")
+    last = pixels.contiguous(memory_format=torch.channels_last)
+    views = (pixels, last, pixels.mT.contiguous().mT, torch.stack((last, last), -1)[..., 0])
+    for view in views:
+        assert torch.equal(ops.class_votes(view, words, backend=backend), wanted)
+
+
+@backends
+def test_images_with_the_channels_last_are_not_copied(backend: str) -> None:
+    pixels, words = torch.randn(1, 240, 7, 9).contiguous(memory_format=torch.channels_last), torch.randn(70, 240)
+    with AllocationSpy() as spy:
+        ops.class_votes(pixels, words, backend=backend)
+    assert not any(a.nbytes == pixels.nbytes for a in spy.allocations)
+
+
+@backends
+def test_views_of_words(backend: str) -> None:
+    pixels, words = torch.randn(1, 10, 3, 4), torch.randn(70, 30)
+    for view in (words[:, 4:14], words[::2, :10], words.T[:10].T, words[:1, :10].expand(70, 10), words[:, ::3]):
+        wanted = ops.class_votes(pixels, view.clone(memory_format=torch.contiguous_format), backend="reference")
+        assert torch.equal(ops.class_votes(pixels, view, backend=backend), wanted)
+
+
+@on_backends("class_votes", without=("triton",))  # tests/triton has it
+def test_offsets_beyond_32_bits(tmp_path: Path, backend: str) -> None:
+    words = words_far_apart(tmp_path)
+    pixels = torch.randn(1, 16, 3, 5)
+    assert torch.equal(
+        ops.class_votes(pixels, words, backend=backend),
+        ops.class_votes(pixels.double(), words.double().contiguous(), backend="reference"),
+    )
 
 
 @backends
@@ -89,6 +148,17 @@ def test_memory_does_not_grow_with_the_vocabulary(backend: str) -> None:
         ops.class_votes(pixels, words, backend=backend)
     # Half of one image's full volume, which would be 128 MB at full size.
     assert spy.peak_bytes < side * side * num_words * 4 // 2
+
+
+@backends
+def test_words_are_not_copied_as_a_whole(backend: str) -> None:
+    """Neither for another dtype, nor for an odd length, nor for an odd address."""
+    channels, num_words = 255, 1_000 if interpreted("class_votes", backend) else 60_000
+    words = torch.randn(num_words * channels + 1).bfloat16()[1:].view(num_words, channels)
+    with AllocationSpy() as spy:
+        ops.class_votes(torch.randn(1, channels, 2, 4), words, backend=backend)
+    tile = 0 if backend in ("cpu", "triton") else 3 * reference.TILE_ELEMENTS * 4
+    assert spy.peak_bytes < 12 * num_words + tile + 300_000
 
 
 def test_wrong_arguments_are_named() -> None:

@@ -124,15 +124,17 @@ def test_equal_words_tie_across_splits_and_the_vocabulary_costs_no_scratch() -> 
     with AllocationSpy() as spy:
         votes = kernels("class_votes").forward(pixels, words)
     assert votes[:, :4].tolist() == [[300, 30, 3, 0]] * 2 and votes.sum() == 2 * 333
-    # Votes and lengths grow with the vocabulary; the words are copied once, because they came as a view.
-    results = votes.nbytes + 4 * words.shape[0] + 4 * 16 * words.shape[0]
+    # Votes and lengths grow with the vocabulary; the words are read where they lie.
+    results = votes.nbytes + 4 * words.shape[0]
     assert spy.peak_bytes < results + 3 * 8 * 6 * 400
 
 
-def test_scratch_of_the_label_map_is_the_size_of_the_logits() -> None:
+@pytest.mark.parametrize("return_scores", [True, False])
+def test_scratch_of_the_label_map_is_the_size_of_the_logits(return_scores: bool) -> None:
     logits, ids = torch.randn(1, 12, 5, 6, device=DEVICE), torch.arange(12, device=DEVICE)[None]
     with AllocationSpy() as spy:
-        labels, scores = kernels("upsample_argmax").forward(logits, ids, 40, 50)
+        labels, scores = kernels("upsample_argmax").forward(logits, ids, 40, 50, return_scores)
+    assert scores.shape == (labels.shape if return_scores else (0,))
     assert spy.peak_bytes <= labels.nbytes + scores.nbytes + logits.nbytes + 4 * 12
 
 

@@ -3,14 +3,15 @@
 #include "driver.h"
 
 extern "C" const char* class_votes(int64_t seed, int64_t pixel_type, int64_t word_type, const void* pixels,
-                                   const void* words, int64_t* votes, int64_t batch, int64_t channels,
-                                   int64_t num_pixels, int64_t num_words, int64_t multiprocessors,
-                                   int64_t most_tiles) {
+                                   const void* words, int64_t word_stride, int64_t* votes, int64_t batch,
+                                   int64_t channels, int64_t num_pixels, int64_t num_words,
+                                   int64_t multiprocessors, int64_t most_tiles) {
     namespace op = errseg::class_votes;
     static_assert(int64_t(op::Number::kBFloat16) == driver::kBFloat16);
     return driver::guarded(seed, [&] {
         op::Problem problem{{pixels, op::Number(pixel_type)},
                             {words, op::Number(word_type)},
+                            int(word_stride),
                             int(batch),
                             int(channels),
                             int(num_pixels),
