@@ -8,7 +8,7 @@ from torch import Tensor
 
 from errseg import ops
 from errseg.bench.cases import Case, Counts, numel, product_counts
-from errseg.bench.registry import Implementation, Inputs, Target
+from errseg.bench.registry import Bar, Implementation, Inputs, Target
 from errseg.bench.targets._ops import EVAL_B, OVER_CLASSES, SMALL, sample_inputs
 
 ROW_TOKENS = "n (h w) c -> n c h w"
@@ -52,4 +52,8 @@ TARGET = Target(
     counts=_counts,
     passes=("forward", "backward", "both"),
     differentiable=True,
+    bars=(
+        Bar(EVAL_B, "forward", "cpu", "published", times=1.5),
+        Bar(EVAL_B, "both", "cpu", "published", times=2.5),
+    ),
 )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
-from errseg.ops import reference
-from errseg.ops.checks import expect, expect_floating, expect_shape
+from errseg.ops import native, reference
+from errseg.ops.checks import describe, expect, expect_floating, expect_shape
 from errseg.ops.contract import Op
 
 
@@ -19,7 +21,19 @@ OP = Op(
     reference=reference.depthwise_conv,
     fake=_fake,
     differentiable=("x", "weight", "bias", "residual"),
+    added=("residual",),
 )
+
+
+def _can_run(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *rest: object) -> str | None:
+    if residual is None or residual.dtype == x.dtype:
+        return None
+    return f"needs x and residual of one dtype, got {describe(x)} and {describe(residual)}"
+
+
+_TRAINING: dict[str, Any] = {"trains": True, "shape_only": ("bias", "residual"), "can_run": _can_run}
+OP.register("cpu", native.cpu_backend("depthwise_conv", **_TRAINING))
+OP.register("cuda", native.cuda_backend("depthwise_conv", **_TRAINING))
 
 
 def depthwise_conv(

@@ -165,6 +165,33 @@ def test_a_backend_gets_gradients_compilation_and_opcheck(doubled: contract.Op, 
     torch.library.opcheck(raw, (x, 1.0) if backend == "cpu" else (x, 1.0, True))
 
 
+def test_what_is_only_added_gets_the_incoming_gradient() -> None:
+    asked: list[list[bool]] = []
+
+    def backward(
+        grad: torch.Tensor, x: torch.Tensor, shift: torch.Tensor | None, needed: list[bool]
+    ) -> list[torch.Tensor]:
+        asked.append(needed)
+        return [3.0 * grad, grad.new_empty(0)]
+
+    op = contract.Op(
+        "test_shifted",
+        "(Tensor x, Tensor? shift) -> Tensor",
+        reference=lambda x, shift: 3.0 * x if shift is None else 3.0 * x + shift,
+        fake=lambda x, shift: torch.empty_like(x),
+        differentiable=("x", "shift"),
+        added=("shift",),
+    )
+    del contract.OPS["test_shifted"]
+    op.register("cpu", contract.Backend(forward=op.reference, backward=backward))
+    x, shift = torch.randn(5, requires_grad=True), torch.randn(5, requires_grad=True)
+    grad = torch.randn(5)
+    got = torch.autograd.grad(op(x, shift, backend="cpu"), (x, shift), grad)
+    assert torch.equal(got[0], 3 * grad) and got[1].data_ptr() == grad.data_ptr() and asked == [[True, False]]
+    for second in (shift, shift.detach(), None):
+        torch.library.opcheck(torch.ops.errseg.test_shifted_cpu.default, (x, second))
+
+
 def test_what_only_training_needs_is_saved_in_training_only(doubled: contract.Op) -> None:
     x = torch.randn(5)
     assert torch.ops.errseg.test_doubled_triton(x, 1.0, False)[1].numel() == 0
