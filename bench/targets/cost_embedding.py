@@ -6,9 +6,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from errseg import ops
-from errseg.bench.cases import Case, Counts, numel, product_counts
+from errseg.bench.cases import Case, Counts, numel, product_counts, vary
 from errseg.bench.registry import Implementation, Inputs, Target
-from errseg.bench.targets._ops import EVAL_B, OVER_CLASSES, SMALL, sample_inputs, with_weights
+from errseg.bench.targets._ops import EVAL_B, OVER_CLASSES, SMALL, TRAIN, sample_inputs, with_weights
 from errseg.testing.published_decoder import PublishedDecoder
 
 
@@ -55,7 +55,7 @@ TARGET = Target(
     ops=("cost_embedding",),
     cases=(EVAL_B,),
     quick=SMALL,
-    sweeps=OVER_CLASSES,
+    sweeps=(*OVER_CLASSES, TRAIN, *vary(TRAIN, batch=(4,))),
     inputs=sample_inputs("cost_embedding"),
     implementations={
         "errseg": lambda case: Implementation(ops.cost_embedding),

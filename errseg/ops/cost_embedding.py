@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from errseg.ops import reference
+from errseg.ops import reference, triton_backend
 from errseg.ops.checks import expect, expect_floating
 from errseg.ops.contract import Op
 from errseg.ops.precision import at_least_float32, without_autocast
@@ -54,6 +54,19 @@ OP = Op(
     fake=_fake,
     differentiable=("cost16", "cost32", "weight16", "weight32", "bias"),
 )
+
+
+def _can_run(cost16: Tensor, cost32: Tensor, weight16: Tensor, weight32: Tensor, bias: Tensor) -> str | None:
+    windows = {tuple(w.shape[1:]) for w in (weight16, weight32)}
+    if windows != {(1, 7, 7)}:
+        return f"windows of 7 x 7, got {list(weight16.shape)} and {list(weight32.shape)}"
+    dtypes = {t.dtype for t in (cost16, cost32, weight16, weight32, bias)}
+    if len(dtypes) > 1:
+        return f"one dtype, got {', '.join(sorted(map(str, dtypes)))}"
+    return triton_backend.sides_fit(*cost16.shape[2:], *cost32.shape[2:])
+
+
+OP.register("triton", triton_backend.backend("cost_embedding", can_run=_can_run))
 
 
 def cost_embedding(

@@ -46,6 +46,15 @@ def test_the_gated_mlp_runs_on_tensor_cores(rows: list[aot.Compiled], arch: int,
         assert max(row.shared for row in found) <= 99 << 10
 
 
+@pytest.mark.parametrize(("arch", "matrix"), [(80, "mma.sync"), (90, "wgmma"), (100, "tcgen05")])
+def test_the_cost_embedding_runs_on_tensor_cores(rows: list[aot.Compiled], arch: int, matrix: str) -> None:
+    found = [row for row in rows if (row.op, row.arch) == ("cost_embedding", arch)]
+    products = {
+        f"{kernel} {dtype}" for kernel in ("fwd", "bwd cost", "bwd weight") for dtype in ("bfloat16", "float16")
+    }
+    assert {row.config for row in found if row.matrix == matrix} >= products
+
+
 def test_a_spill_is_seen() -> None:
     row = aot.Compiled("op", "fwd", 90, 255, 8, 2, 0, 4, "-", 0)
     assert row.spilled and "255" in aot.table([row]) and "sm_90" in aot.table([row])
