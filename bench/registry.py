@@ -77,6 +77,8 @@ class Target:
             needs and the backward pass after it, "backward" the latter's share, "step" one optimizer step.
         differentiate: the part of a result that gradients are taken of.
         check: the correctness gate; raises AssertionError. None: results and gradients within the eager budget.
+        kinked: ReLU6 is inside, so that rounding decides about single entries of gradients; these need not be within
+            the eager budget, only what rounding explains.
         floor: error that is allowed whatever eager code achieves (for scalars, where luck decides).
         mixed: backends stand in for one another; a provider runs what it has and the reference does the rest.
         bars: promises to report on.
@@ -94,6 +96,7 @@ class Target:
     differentiable: bool = False
     differentiate: Callable[[Any], Tensor] = _same
     check: Callable[[Trial], None] | None = None
+    kinked: bool = False
     floor: float = 0.0
     mixed: bool = False
     bars: tuple[Bar, ...] = field(default=())

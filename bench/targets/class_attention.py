@@ -66,4 +66,5 @@ TARGET = Target(
     counts=_counts,
     passes=("forward", "backward", "both"),
     differentiable=True,
+    kinked=True,
 )

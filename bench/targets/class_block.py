@@ -59,5 +59,6 @@ TARGET = Target(
     counts=_counts,
     passes=("forward", "backward", "both"),
     differentiable=True,
+    kinked=True,
     mixed=True,
 )

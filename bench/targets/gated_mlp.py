@@ -60,4 +60,5 @@ TARGET = Target(
     counts=_counts,
     passes=("forward", "backward", "both"),
     differentiable=True,
+    kinked=True,
 )

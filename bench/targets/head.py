@@ -50,6 +50,7 @@ TARGET = Target(
     implementations={"errseg": _errseg, "published": _published},
     counts=_counts,
     differentiable=True,
+    kinked=True,
     differentiate=_logits,
     check=_check,
     mixed=True,

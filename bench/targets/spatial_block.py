@@ -60,6 +60,7 @@ TARGET = Target(
     counts=_counts,
     passes=("forward", "backward", "both"),
     differentiable=True,
+    kinked=True,
     mixed=True,
     bars=(
         Bar(TRAIN, "forward", "cpu", "published", times=1.5),

@@ -77,6 +77,7 @@ TARGET = Target(
     counts=_counts,
     passes=("step",),
     differentiable=True,
+    kinked=True,
     differentiate=_loss,
     check=_check,
     floor=FLOOR,

@@ -1,6 +1,6 @@
-"""The gated MLP in slabs of tokens: the hidden units are written into the same few buffers again and again.
+"""The gated MLP in slabs of tokens, whose hidden units stay in the second-level cache.
 
-Fresh memory costs a CPU more than the arithmetic on it; slabs need none but the results.
+Fresh memory costs a CPU more than the arithmetic on it; slabs of one size get the same few blocks again and again.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from errseg.ops.cpu.slabs import SLAB_TOKENS, Total, normalize, normalize_backward, slabs
+from errseg.ops.cpu.slabs import Total, linear, normalize, normalize_backward, slabs
 
 LIMITS = (0.0, 6.0)  # of ReLU6
 
@@ -26,13 +26,10 @@ def forward(
     """[..., C] -> [..., C]; see :func:`errseg.ops.gated_mlp`."""
     tokens = x.reshape(-1, x.shape[-1])
     out = torch.empty_like(tokens)
-    hidden = x.new_empty(2, min(SLAB_TOKENS, len(tokens)), len(gate_weight))
     for slab in slabs(len(tokens)):
         z, *_ = normalize(tokens[slab], eps)
-        gate, value = hidden[:, : len(z)]
-        torch.addmm(gate_bias, z, gate_weight.T, out=gate).clamp_(*LIMITS)
-        torch.addmm(value_bias, z, value_weight.T, out=value)
-        torch.addmm(out_bias, gate.mul_(value), out_weight.T, out=out[slab])
+        gate = linear(z, gate_weight, gate_bias).clamp_(*LIMITS)
+        out[slab] = linear(gate.mul_(linear(z, value_weight, value_bias)), out_weight, out_bias)
     return out.view(x.shape)
 
 
@@ -54,22 +51,19 @@ def backward(
     d_tokens = torch.empty_like(tokens)
     d_weights = [Total(weight) for weight in weights]
     d_gate_weight, d_gate_bias, d_value_weight, d_value_bias, d_out_weight, d_out_bias = d_weights
-    hidden = x.new_empty(3, min(SLAB_TOKENS, len(tokens)), len(gate_weight))
     for slab in slabs(len(tokens)):
         g = grads[slab]
         z, *statistics = normalize(tokens[slab], eps)
-        gate, value, d_units = hidden[:, : len(z)]
-        torch.addmm(gate_bias, z, gate_weight.T, out=gate)
-        torch.addmm(value_bias, z, value_weight.T, out=value)
-        torch.mm(g, out_weight, out=d_units)
+        gate, value = linear(z, gate_weight, gate_bias), linear(z, value_weight, value_bias)
+        d_units = linear(g, out_weight.T)
         d_gate = torch.ops.aten.hardtanh_backward(d_units * value, gate, *LIMITS)
-        d_out_weight.add_product(g.T, value.mul_(gate.clamp_(*LIMITS)))
+        d_out_weight.add_product(g, value.mul_(gate.clamp_(*LIMITS)))
         d_value = d_units.mul_(gate)
         d_out_bias.add_rows(g)
-        d_gate_weight.add_product(d_gate.T, z)
+        d_gate_weight.add_product(d_gate, z)
         d_gate_bias.add_rows(d_gate)
-        d_value_weight.add_product(d_value.T, z)
+        d_value_weight.add_product(d_value, z)
         d_value_bias.add_rows(d_value)
-        dz = torch.mm(d_gate, gate_weight).addmm_(d_value, value_weight)
+        dz = linear(d_gate, gate_weight.T).add_(linear(d_value, value_weight.T))
         d_tokens[slab] = normalize_backward(dz, tokens[slab], *statistics)
     return [d_tokens.view(x.shape), *(total.result() for total in d_weights)]

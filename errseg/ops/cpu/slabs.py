@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 SLAB_TOKENS = 1024  # a few hundred hidden units of so many tokens fit a second-level cache
@@ -14,6 +15,15 @@ def slabs(num_tokens: int, size: int = SLAB_TOKENS) -> Iterator[slice]:
     """Slices that cover ``num_tokens``."""
     for start in range(0, num_tokens, size):
         yield slice(start, min(start + size, num_tokens))
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias``; in float32 by oneDNN, on many processors the quicker BLAS."""
+    if x.dtype == torch.float32 and x.numel() and torch.backends.mkldnn.is_available():
+        product = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        assert isinstance(product, Tensor)
+        return product
+    return F.linear(x, weight, bias)
 
 
 def normalize(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,11 +49,8 @@ class Total:
         self.sum = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
 
     def add_product(self, left: Tensor, right: Tensor) -> None:
-        """Add ``left @ right``."""
-        if left.dtype == self.sum.dtype:
-            self.sum.addmm_(left, right)
-        else:
-            self.sum += left @ right
+        """Add ``left.T @ right``, both [tokens, ...]."""
+        self.sum += linear(left.T.contiguous(), right.T)
 
     def add_rows(self, rows: Tensor) -> None:
         """Add the sum over all rows."""
