@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,6 +30,10 @@ def verify(
     device: Annotated[str | None, typer.Option(help="cpu or cuda; the GPU if there is one.")] = None,
     official: Annotated[
         Path | None, typer.Option(help="Compare with a checkout of the published ERR-Seg code, and with that alone.")
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help='Only cases with this text in their name, such as "L, 48x48"; may be given several times.'),
     ] = None,
     json_file: Annotated[
         str | None, typer.Option("--json", help="Write JSON lines to this file, or to standard output for '-'.")
@@ -54,6 +59,9 @@ def verify(
         console = Console(stderr=json_file == "-")
         if not console.is_terminal:
             console = Console(stderr=json_file == "-", width=WIDTH)
+        settings: dict[str, Any] = {"quick": quick, "ops": _names(ops), "backends": _names(backends), "only": only}
+        write = (lambda line: None) if stream is None else partial(report.write_json, stream=stream)
+        write(report.card(torch.device(chosen), settings | {"official": official is not None}))
         with _progress(console) as progress:
             rows = package.run(
                 quick=quick,
@@ -61,13 +69,12 @@ def verify(
                 backends=_names(backends),
                 device=chosen,
                 official=official,
+                only=only or None,
                 progress=progress,
+                on_row=lambda row: write(row.to_dict()),
             )
         report.show(rows, console, verbose=verbose)
-        if stream is not None:
-            settings: dict[str, Any] = {"quick": quick, "ops": _names(ops), "backends": _names(backends)}
-            settings["official"] = official is not None
-            report.write_json(rows, stream, device=torch.device(chosen), settings=settings)
+        write(report.summary(rows))
     if not package.succeeded(rows):
         raise typer.Exit(1)
 

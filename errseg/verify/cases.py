@@ -46,14 +46,16 @@ class Case:
     view: str | None = None  # "strided", "transposed" or "expanded"
     drop_path: bool = False
     real: bool = False  # a size of the published models, left out of the quick run
+    slow_half: bool = False  # minutes in float16 on a CPU, where PyTorch multiplies number by number
     draws: int = 1  # scalars are compared over several draws
     gigabytes: float = 0.0  # of the largest of the runs that the case needs
     published_gigabytes: float = 0.0  # of the run in the published order
 
     def call(self, draw: int = 0) -> Sample:
-        """The call in float64, on the CPU."""
+        """The call in float64, on the CPU; float16 and bfloat16 hold its values exactly."""
         made = sample(self.op, self.sizes, seed=draw, drop_path=self.drop_path)
-        return self.change(made) if self.change else made
+        made = self.change(made) if self.change else made
+        return made.to(torch.float16).to(torch.float64)
 
     def arrange(self, call: Sample) -> Sample:
         """The same values (the first image's, when expanded) as views of other memory; differentiable."""
@@ -177,7 +179,11 @@ def _all_ids(ids: Tensor, words: int) -> Tensor:
 
 
 def _special_embedding() -> list[Case]:
-    return [Case("cost_embedding", "odd low map", Sizes(height=11, width=6, channels=128, embed=32))]
+    sizes = Sizes(height=11, width=10, channels=128, embed=32)
+    return [
+        Case("cost_embedding", "odd low map", replace(sizes, width=6)),
+        Case("cost_embedding", "low map not half", sizes, _with_argument(1, lambda cost: cost[..., :3])),
+    ]
 
 
 def _special_conv() -> list[Case]:
@@ -185,6 +191,8 @@ def _special_conv() -> list[Case]:
         Case("depthwise_conv", "no bias, no residual", Sizes(), _without_options),
         Case("depthwise_conv", "3x3", Sizes(channels=128), _with_argument(1, lambda w: w[..., 2:5, 2:5].contiguous())),
         Case("depthwise_conv", "wider than the map", Sizes(height=2, width=3, channels=128)),
+        Case("depthwise_conv", "odd channels", Sizes(channels=35)),
+        Case("depthwise_conv", "tails", Sizes(batch=1, height=19, width=53, channels=136), drop_path=True),
     ]
 
 
@@ -255,7 +263,17 @@ _SPECIAL: dict[str, Callable[[], list[Case]]] = {
 
 
 def _real(op: str) -> list[Case]:
-    return [case for model, (side, dim) in PUBLISHED_MAPS.items() for case in _of_model(op, model, side, dim)]
+    cases = [case for model, (side, dim) in PUBLISHED_MAPS.items() for case in _of_model(op, model, side, dim)]
+    if op in ("class_votes", "select_classes"):
+        million = Sizes(batch=1, classes=48, words=1_000_000, height=10, width=10, text=64)
+        own, published = _gigabytes(op, million, None)
+        cases.append(Case(op, "1,000,000 words", million, real=True, gigabytes=own, published_gigabytes=published))
+    if op == "spatial_attention":  # one narrow class, so that an interpreter gets through
+        narrow = Sizes(batch=1, classes=1, channels=32, heads=1)
+        for side, _ in PUBLISHED_MAPS.values():
+            name = f"{side**2} queries, {(side // 2) ** 2} keys"
+            cases.append(Case(op, name, replace(narrow, height=side, width=side)))
+    return cases
 
 
 def _of_model(op: str, model: str, side: int, dim: int) -> list[Case]:
@@ -272,7 +290,8 @@ def _of_model(op: str, model: str, side: int, dim: int) -> list[Case]:
     for classes, words in pairs:
         sizes = replace(base, classes=classes, words=words)
         for label, change, sized in _outputs(op, sizes):
-            case = Case(op, _real_name(op, model, sized, label), sized, change, real=True)
+            slow = op == "cost_volume" and words > 847
+            case = Case(op, _real_name(op, model, sized, label), sized, change, real=True, slow_half=slow)
             own, published = _gigabytes(op, sized, label)
             grid.append(replace(case, gigabytes=own, published_gigabytes=published))
     return grid
@@ -324,7 +343,7 @@ def _gigabytes(op: str, s: Sizes, label: tuple[int, int] | None) -> tuple[float,
         "spatial_attention": (32 * tokens, 48 * tokens),
         "class_attention": (14 * tokens, 18 * tokens),
         "upsample_argmax": (4 * pixels * s.classes + (24 << 20) + 6 * outputs, 3 * outputs * s.classes),
-        "upsample_bce": (8 * outputs * s.classes, 7 * outputs * s.words),
+        "upsample_bce": (8 * outputs * s.classes, 3 * outputs * s.words),
     }
     own, published = numbers[op]
     return own * 8 / 1e9, published * 8 / 1e9

@@ -50,12 +50,14 @@ def _load(name: str) -> dict[str, Tensor]:
 
 def golden_tasks(backends: list[str], device: torch.device, quick: bool) -> list[tuple[str, Callable[[], list[Row]]]]:
     """One task per comparison; backends that some op of the decoder has and that run on this device."""
+    from errseg.verify.runner import elsewhere
+
     tasks: list[tuple[str, Callable[[], list[Row]]]] = []
     for backend in backends:
         reasons = [op.why_not(backend) for op in ops.OPS.values() if backend in op.backends]
         interpreted = INTERPRETED in reasons
-        home = {"reference": device.type, "cpu": "cpu", "cuda": "cuda", "triton": "cpu" if interpreted else "cuda"}
-        if home[backend] != device.type or not any(reason in (None, INTERPRETED) for reason in reasons):
+        away = not interpreted and elsewhere(backend, device) is not None
+        if away or not any(reason in (None, INTERPRETED) for reason in reasons):
             continue
         # Quick and interpreted: one evaluation is enough to see every kernel inside the model.
         evaluations = EVALUATIONS[-1:] if quick and interpreted else EVALUATIONS

@@ -18,15 +18,22 @@ if TYPE_CHECKING:
 MAX_LISTED = 20
 
 
-def write_json(rows: Sequence[Row], stream: IO[str], *, device: torch.device, settings: dict[str, Any]) -> None:
-    """One JSON object a line: the machine card, every row, and a summary with the verdict."""
+def write_json(line: dict[str, Any], stream: IO[str]) -> None:
+    """One JSON object, on disk at once: a long run that is stopped keeps what it has."""
+    stream.write(json.dumps(line, allow_nan=False) + "\n")
+    stream.flush()
+
+
+def card(device: torch.device, settings: dict[str, Any]) -> dict[str, Any]:
+    """The first JSON line: the machine, and what was asked for."""
     from errseg.bench.machine import machine_card
 
-    lines: list[dict[str, Any]] = [{"kind": "machine", **machine_card(device), "verify": settings}]
-    lines += [row.to_dict() for row in rows]
-    lines.append({"kind": "summary", **count(rows), "verdict": PASSED if succeeded(list(rows)) else FAILED})
-    for line in lines:
-        stream.write(json.dumps(line, allow_nan=False) + "\n")
+    return {"kind": "machine", **machine_card(device), "verify": settings}
+
+
+def summary(rows: Sequence[Row]) -> dict[str, Any]:
+    """The last JSON line: counts and the verdict."""
+    return {"kind": "summary", **count(rows), "verdict": PASSED if succeeded(list(rows)) else FAILED}
 
 
 def count(rows: Iterable[Row]) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,3 +87,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 def succeeded(rows: list[Row]) -> bool:
     """Whether nothing failed and something was executed."""
     return any(row.status == PASSED for row in rows) and not any(row.status == FAILED for row in rows)
+
+
+Task = tuple[str, Callable[[], list[Row]]]
+"""What is done, in words, and how: one case, in every dtype and on every backend."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -45,6 +46,24 @@ def test_json_lines_have_a_machine_card_and_a_verdict(tmp_path: Path) -> None:
     assert lines[-1]["verdict"] == "pass" and lines[-1]["pass"] == len(lines) - 2
 
 
+def test_a_run_that_is_stopped_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_case(case: Any, *args: Any) -> list[Row]:
+        if case.name == "one class":
+            raise KeyboardInterrupt
+        return [Row(case.op, "cpu", "float32", case.name)]
+
+    monkeypatch.setattr(runner, "run_case", run_case)
+    file = tmp_path / "rows.jsonl"
+    CliRunner().invoke(app, [*QUICK, "--ops", "gated_mlp", "--json", str(file)])
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [line.get("case") for line in lines] == [None, "odd sizes", "published channels"]
+
+
+def test_only_chooses_cases() -> None:
+    done = CliRunner().invoke(app, [*QUICK, "--ops", "cost_volume", "--only", "one class", "--only", "pixel"])
+    assert done.exit_code == 0 and "8 passed, 0 failed, 0 not run" in done.stdout
+
+
 def test_json_on_standard_output_stands_alone() -> None:
     done = CliRunner().invoke(app, [*QUICK, "--ops", "select_classes", "--json", "-"])
     assert all(json.loads(line)["kind"] for line in done.stdout.splitlines())
@@ -72,6 +91,7 @@ def test_nothing_executed_exits_with_one(monkeypatch: pytest.MonkeyPatch) -> Non
     [
         (["--ops", "softmax"], "no op 'softmax': choose out of"),
         (["--backends", "tpu"], "no backend 'tpu': choose out of reference, cpu, triton, cuda"),
+        (["--only", "nowhere"], "no case has 'nowhere' in its name"),
         (["--official", "no-such-folder"], "no-such-folder is no checkout of the published ERR-Seg code"),
         (["--json", "no-such-folder/rows.jsonl"], "No such file or directory"),
     ],

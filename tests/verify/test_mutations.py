@@ -72,7 +72,7 @@ def everywhere(*shapes: str) -> set[str]:
 # ---- label maps
 
 
-def argmax_by_class(logits: Tensor, class_ids: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+def argmax_by_class(logits: Tensor, class_ids: Tensor, height: int, width: int, *flags: bool) -> tuple[Tensor, Tensor]:
     """Class by class, so that equal maps get equal probabilities."""
     ids, order = class_ids.sort(dim=1)
     probabilities = logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
@@ -96,7 +96,7 @@ def test_an_unbroken_argmax_passes(run: Run) -> None:
 
 
 def test_a_wrong_tie_rule_is_found(run: Run) -> None:
-    def highest(logits: Tensor, class_ids: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    def highest(logits: Tensor, class_ids: Tensor, height: int, width: int, *flags: bool) -> tuple[Tensor, Tensor]:
         labels, scores = argmax_by_class(logits, 1000 - class_ids, height, width)
         return 1000 - labels, scores
 
@@ -104,7 +104,7 @@ def test_a_wrong_tie_rule_is_found(run: Run) -> None:
 
 
 def test_an_unwritten_tail_is_found(run: Run) -> None:
-    def unwritten(logits: Tensor, class_ids: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    def unwritten(logits: Tensor, class_ids: Tensor, height: int, width: int, *flags: bool) -> tuple[Tensor, Tensor]:
         labels, scores = argmax_by_class(logits, class_ids, height, width)
         memory = torch.empty_like(labels)
         memory[..., :-1] = labels[..., :-1]
@@ -114,7 +114,7 @@ def test_an_unwritten_tail_is_found(run: Run) -> None:
 
 
 def test_labels_from_half_precision_probabilities_are_found(run: Run) -> None:
-    def coarse(logits: Tensor, class_ids: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    def coarse(logits: Tensor, class_ids: Tensor, height: int, width: int, *flags: bool) -> tuple[Tensor, Tensor]:
         labels, _ = argmax_by_class(logits.bfloat16(), class_ids, height, width)
         rounded = logits.float().sigmoid().bfloat16()
         maps = F.interpolate(rounded, size=(height, width), mode="bilinear", align_corners=False)

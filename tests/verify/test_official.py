@@ -7,10 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from errseg import verify
 from errseg.errors import ErrSegError
-from errseg.verify import checkout
+from errseg.model.decoder import Upsampler
+from errseg.verify import checkout, official_decoder
+from errseg.verify.official_decoder import Answer
 
 
 def test_a_folder_that_is_no_checkout_is_refused_in_one_line(tmp_path: Path) -> None:
@@ -58,7 +61,41 @@ def test_a_checkout_that_does_not_import_says_so(tmp_path: Path) -> None:
         checkout.load_official(tmp_path)
 
 
-@pytest.mark.skipif("ERRSEG_OFFICIAL" not in os.environ, reason="ERRSEG_OFFICIAL names no checkout")
+def test_maps_follow_their_classes_into_another_order() -> None:
+    ids = torch.tensor([[4, 1, 7], [0, 2, 9]])
+    wanted = torch.tensor([[1, 7, 4], [9, 0, 2]])
+    maps = ids[:, :, None, None].expand(2, 3, 2, 5)
+    assert official_decoder.same_classes(ids, wanted) and not official_decoder.same_classes(ids, ids + 1)
+    assert official_decoder.reordered(maps, ids, wanted)[:, :, 1, 4].equal(wanted)
+
+
+def test_gates_at_a_kink_excuse_what_they_move_and_no_more() -> None:
+    exact = Answer(torch.zeros(1, 1), torch.zeros(1), gradients={"w": torch.tensor([1.0, 2.0]).double()})
+    theirs = exact._replace(gradients={"w": torch.tensor([1.0, 2.0])})
+    ours = exact._replace(gradients={"w": torch.tensor([1.0, 2.001])})
+    kinks = {"w": torch.tensor([0.0, 0.0010001]).double()}
+
+    def passes(answer: Answer, moved: dict[str, torch.Tensor] | None) -> bool:
+        return all(check.passed for check in official_decoder.compare_gradients(answer, theirs, exact, moved))
+
+    assert not passes(ours, None) and passes(ours, kinks)
+    assert not passes(exact._replace(gradients={"w": torch.tensor([1.001, 2.0])}), kinks)
+    assert not passes(exact._replace(gradients={}), kinks)
+
+
+needs_checkout = pytest.mark.skipif("ERRSEG_OFFICIAL" not in os.environ, reason="ERRSEG_OFFICIAL names no checkout")
+
+
+@needs_checkout
 def test_the_published_code_agrees_at_small_sizes() -> None:
     rows = verify.run(quick=True, official=os.environ["ERRSEG_OFFICIAL"])
     assert verify.succeeded(rows), [row.name for row in rows if row.status == "fail"]
+
+
+@needs_checkout
+@pytest.mark.parametrize("part", ["evaluation", "training"])
+def test_a_decoder_that_is_a_little_off_fails(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = Upsampler.forward
+    monkeypatch.setattr(Upsampler, "forward", lambda *args: 1.00001 * forward(*args))
+    rows = verify.run(quick=True, official=os.environ["ERRSEG_OFFICIAL"], only=[f"decoder, {part}: small, square"])
+    assert [row.status for row in rows] == ["fail", "fail"]
