@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from errseg import Decoder, DenseFeatures, ErrSegError, ops
-from errseg.model.decoder import published_name
+from errseg.model.config import CONFIGS
+from errseg.model.decoder import Upsampler, published_name
 from errseg.testing import (
     AllocationSpy,
     PublishedDecoder,
@@ -16,6 +17,7 @@ from errseg.testing import (
     assert_labels_equal_except_ties,
     forbid_host_syncs,
 )
+from errseg.testing.compare import rms_error
 
 CASES = ("eval_small_io", "eval_nonsquare", "eval_odd")
 INPUTS = ("os4", "os8", "os16", "os32", "feat_os16", "feat_os32")
@@ -90,6 +92,19 @@ def test_golden_gradients(golden) -> None:
             assert_absolutely_close(parameter.grad, published[key], 1e-12, key)
         else:
             assert_close(parameter.grad, published[key], 1e-10, key)
+
+
+def test_large_maps_cost_no_accuracy() -> None:
+    config = CONFIGS["errseg-b"].decoder
+    upsampler = Upsampler(config)
+    for parameter in upsampler.parameters():
+        torch.nn.init.normal_(parameter, std=0.5 * parameter[0].numel() ** -0.5)
+    tokens = torch.randn(1, 2, 40, 40, config.width)
+    guidance = [torch.randn(1, c, 40 * 2**i, 40 * 2**i) for i, c in enumerate(config.decoder_guidance)]
+    with torch.no_grad():
+        logits = upsampler(tokens, tuple(guidance))
+        exact = upsampler.double()(tokens.double(), tuple(g.double() for g in guidance))
+    assert rms_error(logits, exact) < 3e-7
 
 
 def test_equals_the_published_order_with_given_and_unsorted_classes(golden) -> None:
