@@ -100,7 +100,8 @@ def _check(arch: int) -> list[Compiled]:
 def _key(op: str) -> str:
     from importlib.metadata import version
 
-    sources = [_kernel_folder() / f"{op}.py", _kernel_folder() / "common.py", Path(__file__)]
+    folder = _kernel_folder()
+    sources = [folder / f"{op}.py", *sorted(folder.glob(f"_{op}*.py")), folder / "common.py", Path(__file__)]
     parts = [version("triton").encode(), *(path.read_bytes() for path in sources)]
     return hashlib.sha256(b"\n".join(parts)).hexdigest()[:20]
 

@@ -55,6 +55,14 @@ def test_the_cost_embedding_runs_on_tensor_cores(rows: list[aot.Compiled], arch:
     assert {row.config for row in found if row.matrix == matrix} >= products
 
 
+@pytest.mark.parametrize(("arch", "matrix"), [(80, "mma.sync"), (90, "wgmma"), (100, "tcgen05")])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_spatial_attention_runs_on_tensor_cores(rows: list[aot.Compiled], dtype: str, arch: int, matrix: str) -> None:
+    for kernel in ("keys fwd", "fwd", "queries bwd", "keys bwd", "bwd"):
+        key = "spatial_attention", f"{kernel} {dtype} 128/4", arch
+        assert [row.matrix for row in rows if (row.op, row.config, row.arch) == key] == [matrix]
+
+
 def test_a_spill_is_seen() -> None:
     row = aot.Compiled("op", "fwd", 90, 255, 8, 2, 0, 4, "-", 0)
     assert row.spilled and "255" in aot.table([row]) and "sm_90" in aot.table([row])

@@ -1,5 +1,7 @@
 // Every kernel of the library in every type, without torch: a few seconds of nvcc instead of a minute.
 #include "class_votes/class_votes.cuh"
+#include "cost_volume/cost_volume.cuh"
+#include "depthwise_conv/depthwise_conv.cuh"
 #include "upsample_argmax/upsample_argmax.cuh"
 #include "upsample_bce/upsample_bce.cuh"
 
@@ -15,6 +17,19 @@ template cudaError_t upsample_bce::run(const Problem<double>&, cudaStream_t);
 template cudaError_t upsample_bce::run(const Problem<half>&, cudaStream_t);
 template cudaError_t upsample_bce::run(const Problem<bf16>&, cudaStream_t);
 
+template cudaError_t depthwise_conv::run(const Convolution<float>&, cudaStream_t);
+template cudaError_t depthwise_conv::run(const Convolution<double>&, cudaStream_t);
+template cudaError_t depthwise_conv::run(const Convolution<half>&, cudaStream_t);
+template cudaError_t depthwise_conv::run(const Convolution<bf16>&, cudaStream_t);
+template cudaError_t depthwise_conv::run(const Gathering<float>&, cudaStream_t);
+template cudaError_t depthwise_conv::run(const Gathering<double>&, cudaStream_t);
+template cudaError_t depthwise_conv::run(const Gathering<half>&, cudaStream_t);
+template cudaError_t depthwise_conv::run(const Gathering<bf16>&, cudaStream_t);
+
 auto* const kept = &class_votes::run;
+
+auto* const kept_costs = &cost_volume::forward;
+auto* const kept_costs_pixels = &cost_volume::backward_pixels;
+auto* const kept_costs_words = &cost_volume::backward_words;
 
 }  // namespace errseg
