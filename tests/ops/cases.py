@@ -11,9 +11,21 @@ import torch
 from torch import Tensor
 
 from errseg import ops
+from errseg.ops import contract
 from errseg.testing.samples import Sample
 
 HALF = (torch.bfloat16, torch.float16)
+GPU_BACKENDS = ("triton", "cuda")
+
+
+def run_on(device: str, call: Callable[..., Any], op: contract.Op, *args: Any, backend: str | None) -> Any:
+    """``call(op, ...)`` on ``device``, results on the CPU; skips the test where the backend refuses the arguments."""
+    moved = [a.to(device) if isinstance(a, Tensor) else a for a in args]
+    reason = op.why_not(backend, *moved) if backend else None
+    if reason is not None and reason != contract.INTERPRETED:
+        pytest.skip(f"{op.name} on {backend}: {reason}")
+    result = call(op, *moved, backend=backend)
+    return tuple(t.cpu() for t in result) if isinstance(result, tuple) else result.cpu()
 
 
 def on_backends(op: str, without: tuple[str, ...] = ()) -> pytest.MarkDecorator:

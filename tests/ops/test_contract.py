@@ -10,6 +10,7 @@ from errseg.ops import contract
 from errseg.testing import forbid_host_syncs
 from errseg.testing.compare import assert_close
 from errseg.testing.samples import Sample, Sizes, sample
+from tests.ops.cases import run_on
 
 every_op = pytest.mark.parametrize("op", ops.OPS)
 FLOATING = [name for name, op in ops.OPS.items() if op.differentiable]
@@ -231,6 +232,15 @@ def test_a_backend_without_a_backward_says_so() -> None:
     x = torch.ones(2, requires_grad=True)
     with pytest.raises(NotImplementedError, match="test_forward_only_cpu has no backward pass"):
         op(x, backend="cpu").sum().backward()
+
+
+def test_tests_take_arguments_to_a_backend_and_results_back(doubled: contract.Op) -> None:
+    """What tests/ops/conftest.py does on a machine with a GPU, here with the CPU for a GPU."""
+    x = torch.randn(3, requires_grad=True)
+    result = run_on("cpu", contract.Op.__call__, doubled, x, 1.0, backend="cpu")
+    assert torch.autograd.grad(result.sum(), x)[0].tolist() == [2.0] * 3
+    with pytest.raises(pytest.skip.Exception, match="float32 only"):
+        run_on("cpu", contract.Op.__call__, doubled, x.double(), 1.0, backend="cpu")
 
 
 def test_use_backend_as_a_context_and_as_a_call(doubled: contract.Op) -> None:
