@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from errseg.ops import cpu, reference, triton_backend
+from errseg.ops import cpu, native, reference, triton_backend
 from errseg.ops.checks import expect, expect_floating, expect_shape
 from errseg.ops.contract import Op
 from errseg.ops.cpu import spatial_attention as slab_wise
+from errseg.ops.cuda import spatial_attention as tensor_cores
 from errseg.ops.gated_mlp import LAYER_NORM_EPS
 from errseg.ops.precision import at_least_float32, without_autocast
 from errseg.ops.reference.tokens import patches
@@ -173,6 +174,17 @@ OP.register(
         saved=("mixture", "log_sums", "key", "value"),
         fake_saved=_triton_fake_saved,
         can_run=_triton_can_run,
+    ),
+)
+OP.register(
+    "cuda",
+    native.cuda_backend(
+        "spatial_attention",
+        forward=tensor_cores.forward,
+        backward=tensor_cores.backward,
+        saved=tensor_cores.SAVED,
+        fake_saved=tensor_cores.fake_saved,
+        can_run=tensor_cores.can_run,
     ),
 )
 

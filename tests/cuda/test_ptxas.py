@@ -31,6 +31,12 @@ KERNELS = {
     "depthwise_conv_plain_kernel": 4,
     "depthwise_conv_plain_gather_kernel": 4,
     "depthwise_conv_reduce_kernel": 4,
+    "spatial_attention_fwd_kernel": 8,  # types, channels, heads
+    "spatial_attention_bwd_queries_kernel": 8,
+    "spatial_attention_bwd_keys_kernel": 4,  # types, heads
+    "spatial_attention_windows_kernel": 2,
+    "spatial_attention_rows_kernel": 2,
+    "spatial_attention_bwd_pixels_kernel": 2,
 }
 
 
@@ -71,6 +77,7 @@ torch.ops.load_library(sys.argv[1])
 for op in sys.argv[2:]:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"errseg::{op}", "CUDA"), op
 """
+SPATIAL_ATTENTION = [f"spatial_attention_cuda_{n}" for n in ("attend", "attend_bwd", "windows", "pixels", "rows")]
 
 
 def test_the_library_links_and_loads(kernel_cache: Path) -> None:
@@ -86,7 +93,7 @@ def test_the_library_links_and_loads(kernel_cache: Path) -> None:
         (made,) = folder.glob("errseg_*.so")
         made.replace(library)
     whole = (name for name, op in ops.OPS.items() if "cuda" in op.backends and op.backends["cuda"].forward is None)
-    run("-c", LOADS, str(library), *(f"{name}_cuda" for name in whole))
+    run("-c", LOADS, str(library), *(f"{name}_cuda" for name in whole), *SPATIAL_ATTENTION)
 
 
 def run(*arguments: str) -> None:

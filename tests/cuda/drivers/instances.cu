@@ -2,6 +2,7 @@
 #include "class_votes/class_votes.cuh"
 #include "cost_volume/cost_volume.cuh"
 #include "depthwise_conv/depthwise_conv.cuh"
+#include "spatial_attention/spatial_attention.cuh"
 #include "upsample_argmax/upsample_argmax.cuh"
 #include "upsample_bce/upsample_bce.cuh"
 
@@ -31,5 +32,11 @@ auto* const kept = &class_votes::run;
 auto* const kept_costs = &cost_volume::forward;
 auto* const kept_costs_pixels = &cost_volume::backward_pixels;
 auto* const kept_costs_words = &cost_volume::backward_words;
+
+auto* const kept_spatial = &spatial_attention::forward;
+auto* const kept_spatial_bwd = &spatial_attention::backward;
+auto* const kept_spatial_windows = &spatial_attention::make_windows;
+auto* const kept_spatial_pixels = &spatial_attention::backward_pixels;
+auto* const kept_spatial_rows = &spatial_attention::normalize_rows;
 
 }  // namespace errseg

@@ -1,0 +1,1 @@
+"""CUDA backends of several launches: kernels of the library with cuBLAS products between them."""
