@@ -15,13 +15,14 @@ from errseg.errors import ErrSegError
 from errseg.ops.contract import INTERPRETED
 from errseg.testing.memory import poisoned_memory
 from errseg.verify import checks
-from errseg.verify.cases import Case, cases
+from errseg.verify.cases import WITH_CHANNELS, Case, cases
 from errseg.verify.checks import Check
 from errseg.verify.comparison import Look, compare
 from errseg.verify.rows import NOT_RUN, Row, Task, dtype_name
 from errseg.verify.yardstick import GATED, Outcome, Outcomes, Yardstick, evaluate, on_backend
 
 INTERPRETED_HALF = ("published channels", "one pixel")  # an interpreter takes seconds a case
+INTERPRETED_WIDE = ("published channels", "one pixel", "one class", "drop path")  # of the ops on tokens
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 REFERENCE_DTYPES = (torch.float64, *DTYPES)
 
@@ -235,6 +236,9 @@ def _why_not(case: Case, backend: str, dtype: torch.dtype, device: torch.device)
         return f"interpreted: half precision only for {' and '.join(INTERPRETED_HALF)}"
     if reason not in (None, INTERPRETED):
         return reason
+    wide = case.op in WITH_CHANNELS and case.sizes.channels >= 128
+    if reason == INTERPRETED and wide and case.name not in INTERPRETED_WIDE:
+        return f"interpreted: 128 channels only for {', '.join(INTERPRETED_WIDE)}"
     if case.slow_half and dtype == torch.float16 and device.type == "cpu":
         return "PyTorch multiplies float16 too slowly on a CPU for this size"
     free, published = free_gigabytes(device), 0.0
