@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from errseg.ops import reference
+from errseg.ops import reference, triton_backend
 from errseg.ops.checks import expect, expect_floating, expect_shape
 from errseg.ops.contract import Op
 from errseg.ops.gated_mlp import LAYER_NORM_EPS, FoldedGatedMLP, GatedMLPParams
@@ -99,6 +99,32 @@ OP = Op(
     reference=reference.class_attention,
     fake=_fake,
     differentiable=_TENSORS,
+)
+
+TRITON_MAX_CHANNELS = 256
+TRITON_MAX_HEAD_WIDTH = 64
+
+
+def _triton_can_run(x: Tensor, *rest: object) -> str | None:
+    channels, num_heads = x.shape[-1], rest[-2]
+    assert isinstance(num_heads, int)
+    if channels > TRITON_MAX_CHANNELS:
+        return f"up to {TRITON_MAX_CHANNELS} channels, got {channels}"
+    if channels // num_heads > TRITON_MAX_HEAD_WIDTH:
+        return f"heads of up to {TRITON_MAX_HEAD_WIDTH} channels, got {channels // num_heads}"
+    numbers = x.shape[1:].numel()  # offsets within an image are 32 bits wide
+    return None if numbers < 2**31 else f"images of less than 2**31 numbers, got {numbers}"
+
+
+OP.register(
+    "triton",
+    triton_backend.backend(
+        "class_attention",
+        saved=("pooled",),
+        fake_saved=lambda x, *rest: (_fake(x),),
+        shape_only=("x",),
+        can_run=_triton_can_run,
+    ),
 )
 
 
