@@ -31,6 +31,7 @@ BATCHED = {  # arguments whose first axis is the batch
 PUBLISHED_MAPS = {"B": (40, 640), "L": (48, 768)}  # size at 1/16 and D
 PUBLISHED_K = (16, 24, 32, 48)
 PUBLISHED_T = (20, 59, 150, 459, 847, 100_000)
+ATTENDED_K = (1, 2, 7, 16, 24, 32, 48, 64, 65, 171, 847)  # attention among the classes: about every border of a tile
 LABEL_MAPS = ((480, 640), (512, 683))
 CROP = 640  # targets in training are square
 
@@ -46,6 +47,7 @@ class Case:
     view: str | None = None  # "strided", "transposed" or "expanded"
     drop_path: bool = False
     real: bool = False  # a size of the published models, left out of the quick run
+    narrow: bool = False  # an interpreter gets through in every dtype; left out of the quick run too
     slow_half: bool = False  # minutes in float16 on a CPU, where PyTorch multiplies number by number
     draws: int = 1  # scalars are compared over several draws
     gigabytes: float = 0.0  # of the largest of the runs that the case needs
@@ -268,11 +270,17 @@ def _real(op: str) -> list[Case]:
         million = Sizes(batch=1, classes=48, words=1_000_000, height=10, width=10, text=64)
         own, published = _gigabytes(op, million, None)
         cases.append(Case(op, "1,000,000 words", million, real=True, gigabytes=own, published_gigabytes=published))
-    if op == "spatial_attention":  # one narrow class, so that an interpreter gets through
+    if op == "class_attention":
+        narrow = Sizes(batch=1, height=3, width=5, channels=32, heads=1, hidden=32)
+        cases += [
+            Case(op, f"{k} classes of 3x5 pixels", replace(narrow, classes=k), drop_path=True, narrow=True)
+            for k in ATTENDED_K
+        ]
+    if op == "spatial_attention":
         narrow = Sizes(batch=1, classes=1, channels=32, heads=1)
         for side, _ in PUBLISHED_MAPS.values():
             name = f"{side**2} queries, {(side // 2) ** 2} keys"
-            cases.append(Case(op, name, replace(narrow, height=side, width=side)))
+            cases.append(Case(op, name, replace(narrow, height=side, width=side), narrow=True))
     return cases
 
 
