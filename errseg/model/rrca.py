@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from errseg import ops
@@ -122,7 +121,7 @@ class ClassBlock(nn.Module):
         masks = drop_path_mask(x, shape, rate), drop_path_mask(x, shape, rate)
         pair = None if masks[0] is None or masks[1] is None else (masks[0], masks[1])
         low = ops.class_attention(x, text_guidance, self.params(), num_heads=self.num_heads, drop_path=pair)
-        return x + upsample_tokens(low, (height, width))
+        return ops.upsample_residual(low, x)
 
 
 class RRCALayer(nn.Module):
@@ -159,13 +158,6 @@ def drop_path_mask(x: Tensor, shape: tuple[int, ...], rate: float) -> Tensor | N
         return None
     keep = 1.0 - rate
     return torch.empty(shape, dtype=torch.float32, device=x.device).bernoulli_(keep).div_(keep)
-
-
-def upsample_tokens(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear with aligned corners: [B, K, h, w, C] -> [B, K, H, W, C]."""
-    image = x.flatten(0, 1).permute(0, 3, 1, 2)
-    image = F.interpolate(image, size=size, mode="bilinear", align_corners=True)
-    return image.permute(0, 2, 3, 1).unflatten(0, x.shape[:2])
 
 
 def _init_weights(module: nn.Module) -> None:

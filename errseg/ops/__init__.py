@@ -1,4 +1,4 @@
-"""The ten operators of ERR-Seg, each behind one name with a choice of backends.
+"""The operators of ERR-Seg, each behind one name with a choice of backends.
 
 Public functions take the published parameters and fold them differentiably; ``backend=`` is strict, ``use_backend``
 sets an order of preference, ``backends()`` says what runs here and why the rest does not.
@@ -16,6 +16,7 @@ from errseg.ops.select_classes import select_classes
 from errseg.ops.spatial_attention import FoldedSpatialAttention, SpatialAttentionParams, spatial_attention
 from errseg.ops.upsample_argmax import upsample_argmax
 from errseg.ops.upsample_bce import upsample_bce
+from errseg.ops.upsample_residual import upsample_residual
 
 __all__ = [
     "BACKENDS",
@@ -43,5 +44,6 @@ __all__ = [
     "spatial_attention",
     "upsample_argmax",
     "upsample_bce",
+    "upsample_residual",
     "use_backend",
 ]

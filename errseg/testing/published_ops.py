@@ -116,6 +116,14 @@ def class_attention(call: Sample) -> Tensor:
     return out.reshape(batch, height, width, classes, channels).permute(0, 3, 1, 2, 4)
 
 
+def upsample_residual(call: Sample) -> Tensor:
+    """Bilinear interpolation of channel-major maps, back to tokens, residual."""
+    x, residual = call.args
+    image = x.permute(0, 1, 4, 2, 3).flatten(0, 1).contiguous()
+    image = F.interpolate(image, size=residual.shape[2:4], mode="bilinear", align_corners=True)
+    return residual + image.unflatten(0, x.shape[:2]).permute(0, 1, 3, 4, 2)
+
+
 class _GivenMasks(torch.nn.Module):
     """Drop path whose masks are given, one per call."""
 
@@ -165,6 +173,7 @@ PUBLISHED_OPS: dict[str, Callable[[Sample], Any]] = {
     "depthwise_conv": depthwise_conv,
     "spatial_attention": spatial_attention,
     "class_attention": class_attention,
+    "upsample_residual": upsample_residual,
     "upsample_argmax": upsample_argmax,
     "upsample_bce": upsample_bce,
 }

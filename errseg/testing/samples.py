@@ -205,6 +205,11 @@ def _class_attention(draw: _Draw, s: Sizes, drop_path: bool) -> Sample:
     return Sample(ops.class_attention, args, {"num_heads": s.heads, "drop_path": masks})
 
 
+def _upsample_residual(draw: _Draw, s: Sizes, drop_path: bool) -> Sample:
+    low = draw(s.batch, s.classes, max(1, s.height // 2), max(1, s.width // 2), s.channels)
+    return Sample(ops.upsample_residual, (low, _tokens(draw, s)), {})
+
+
 def _upsample_argmax(draw: _Draw, s: Sizes, drop_path: bool) -> Sample:
     logits = draw(s.batch, s.classes, s.height, s.width, scale=3.0)
     size = 3 * s.height + 1, 4 * s.width - 1
@@ -228,6 +233,7 @@ _SAMPLES: dict[str, Callable[[_Draw, Sizes, bool], Sample]] = {
     "depthwise_conv": _depthwise_conv,
     "spatial_attention": _spatial_attention,
     "class_attention": _class_attention,
+    "upsample_residual": _upsample_residual,
     "upsample_argmax": _upsample_argmax,
     "upsample_bce": _upsample_bce,
 }

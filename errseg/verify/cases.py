@@ -14,7 +14,7 @@ from torch import Tensor
 from errseg.testing.samples import Sample, Sizes, map_tensors, sample
 
 WITH_DROP_PATH = ("depthwise_conv", "spatial_attention", "class_attention")
-WITH_CHANNELS = ("cost_embedding", "gated_mlp", *WITH_DROP_PATH)
+WITH_CHANNELS = ("cost_embedding", "gated_mlp", "upsample_residual", *WITH_DROP_PATH)
 WINDOWED = ("cost_embedding", "spatial_attention", "class_attention")  # need 2 x 2 pixels
 BATCHED = {  # arguments whose first axis is the batch
     "class_votes": ("image_embeddings",),
@@ -25,6 +25,7 @@ BATCHED = {  # arguments whose first axis is the batch
     "depthwise_conv": ("x", "residual", "drop_path"),
     "spatial_attention": ("x", "guidance", "drop_path"),
     "class_attention": ("x", "text_guidance", "drop_path"),
+    "upsample_residual": ("x", "residual"),
     "upsample_argmax": ("logits", "class_ids"),
     "upsample_bce": ("logits", "class_ids", "target"),
 }
@@ -203,6 +204,17 @@ def _without_options(call: Sample) -> Sample:
     return Sample(call.function, (x, weight, None, None, None), call.kwargs)
 
 
+def _special_residual() -> list[Case]:
+    op = "upsample_residual"
+    return [
+        Case(op, "from one pixel", Sizes(height=3, width=2)),
+        Case(op, "to one row", Sizes(height=1, width=7), _with_argument(0, lambda x: torch.cat((x, x), 2))),
+        Case(op, "shrinking", Sizes(), _with_argument(1, lambda r: r[:, :, :2, :3].contiguous())),
+        Case(op, "odd channels", Sizes(channels=35)),
+        Case(op, "the same size", Sizes(), lambda c: Sample(c.function, (c.args[1], c.args[1].clone()), c.kwargs)),
+    ]
+
+
 def _special_argmax() -> list[Case]:
     op = "upsample_argmax"
     return [
@@ -256,6 +268,7 @@ _SPECIAL: dict[str, Callable[[], list[Case]]] = {
     "cost_volume": _special_costs,
     "cost_embedding": _special_embedding,
     "depthwise_conv": _special_conv,
+    "upsample_residual": _special_residual,
     "upsample_argmax": _special_argmax,
     "upsample_bce": _special_loss,
 }
@@ -350,6 +363,7 @@ def _gigabytes(op: str, s: Sizes, label: tuple[int, int] | None) -> tuple[float,
         "depthwise_conv": (14 * tokens, 18 * tokens),
         "spatial_attention": (32 * tokens, 48 * tokens),
         "class_attention": (14 * tokens, 18 * tokens),
+        "upsample_residual": (4 * tokens, 6 * tokens),
         "upsample_argmax": (4 * pixels * s.classes + (24 << 20) + 6 * outputs, 3 * outputs * s.classes),
         "upsample_bce": (8 * outputs * s.classes, 3 * outputs * s.words),
     }

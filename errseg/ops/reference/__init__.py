@@ -10,6 +10,7 @@ from errseg.ops.reference.select_classes import select_classes
 from errseg.ops.reference.spatial_attention import spatial_attention
 from errseg.ops.reference.upsample_argmax import score_dtype, upsample_argmax
 from errseg.ops.reference.upsample_bce import upsample_bce
+from errseg.ops.reference.upsample_residual import upsample_residual
 
 __all__ = [
     "VOTE_DTYPE",
@@ -24,4 +25,5 @@ __all__ = [
     "spatial_attention",
     "upsample_argmax",
     "upsample_bce",
+    "upsample_residual",
 ]
