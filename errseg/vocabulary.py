@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from errseg.data.labels import replacing
+from errseg import vocabulary_file
 from errseg.errors import ErrSegError
 
+Progress = Callable[[int, int], object]  # (done, in all)
+
 SYNONYM_RULES = ("first", "mean")
-_FORMAT = "errseg-vocabulary-1"
 _CHECK_ROWS = 65_536
+_BUILD_ROWS = 2048  # encoded, and written, at a time
 
 
 class Vocabulary:
@@ -39,7 +43,7 @@ class Vocabulary:
 
     def __init__(
         self,
-        words: Sequence[str | Sequence[str]] | Mapping[str, Sequence[str]],
+        words: Iterable[str | Sequence[str]] | Mapping[str, Sequence[str]],
         embeddings: Tensor | np.ndarray | None = None,
         *,
         synonyms: str = "first",
@@ -112,42 +116,19 @@ class Vocabulary:
         Raises:
             ErrSegError: there are no embeddings yet, or the file cannot be written.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
         if self.embeddings is None:
             raise ErrSegError("the vocabulary has no embeddings to save: build it with Segmenter.embed first")
-        # The words are a tensor because a safetensors header may not exceed 100 MB.
-        words = torch.from_numpy(np.frombuffer(self._json(), np.uint8).copy())
-        known = {"model": self.model, "weights": self.weights, "prompt": self.prompt}
-        metadata = {"format": _FORMAT, "synonyms": self.rule} | {k: v for k, v in known.items() if v is not None}
-        tensors = {"embeddings": self.embeddings.contiguous(), "words": words}
-        with replacing(path) as temporary:
-            try:
-                save_file(tensors, temporary, metadata=metadata)
-            except SafetensorError as error:
-                raise ErrSegError(f"cannot write {path}: {error}") from error
+        metadata = self._metadata(self.model, self.weights, self.prompt)
+        vocabulary_file.write(path, self.embeddings, self._json(), metadata)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Vocabulary:
-        """Read a saved vocabulary; its embeddings stay memory-mapped.
+        """Read a saved vocabulary; its embeddings stay memory-mapped, in the dtype that they were saved in.
 
         Raises:
             ErrSegError: no such file, or not a vocabulary.
         """
-        from safetensors import SafetensorError, safe_open
-
-        if not Path(path).is_file():
-            raise ErrSegError(f"{path}: no such vocabulary file")
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise ErrSegError(f"{path}: not a vocabulary saved by this project (no {_FORMAT} mark)")
-                embeddings = file.get_tensor("embeddings")
-                names = json.loads(file.get_tensor("words").numpy().tobytes())
-        except (SafetensorError, OSError, ValueError) as error:
-            raise ErrSegError(f"{path}: damaged vocabulary file ({error})") from error
+        names, embeddings, metadata = vocabulary_file.read(path)
         vocabulary = cls.__new__(cls)  # the words were checked when they were saved
         vocabulary.words = [word if isinstance(word, str) else word[0] for word in names]
         vocabulary._others = {i: tuple(word[1:]) for i, word in enumerate(names) if not isinstance(word, str)}
@@ -158,10 +139,82 @@ class Vocabulary:
         vocabulary.embeddings = embeddings
         return vocabulary
 
+    def build(
+        self,
+        path: str | PathLike[str],
+        embed: Callable[[list[str], Progress], Tensor],
+        *,
+        width: int,
+        dtype: torch.dtype,
+        model: str,
+        weights: str,
+        prompt: str,
+        progress: Progress | None = None,
+    ) -> None:
+        """Encode the words a block at a time straight into a file, going on where an earlier call was stopped.
+
+        Equal words get equal rows. Beside the words, one block of embeddings is held. `Segmenter.build_vocabulary`
+        fills in everything but the path.
+
+        Args:
+            path: the file; until it is complete, `path.partial` holds what is done.
+            embed: (phrases, progress) -> [N, D].
+            width, dtype: D, and what the file holds.
+            model, weights, prompt: what `embed` is made of.
+            progress: called with (words done, words in all).
+
+        Raises:
+            ErrSegError: `path` or `path.partial` exists and is of other words or another model; nothing can be written.
+        """
+        first = self._first_alike()
+        report = progress or (lambda done, total: None)
+        metadata = self._metadata(model, weights, prompt)
+        with vocabulary_file.GrowingFile(path, dtype, len(self), width, self._json(), metadata, _BUILD_ROWS) as file:
+            report(file.done, len(self))
+            while (start := file.done) < len(self):
+                block = range(start, min(start + _BUILD_ROWS, len(self)))
+                fresh = [i for i in block if first[i] == i]
+                rows = torch.empty(len(block), width, dtype=dtype)
+                if fresh:
+                    encoded = self._encode_some(fresh, embed, partial(_report_from, report, start, len(self)))
+                    rows[[i - start for i in fresh]] = encoded.to("cpu", dtype)
+                for i in block if len(fresh) < len(block) else ():
+                    if first[i] != i:
+                        rows[i - start] = rows[first[i] - start] if first[i] >= start else file.row(int(first[i]))
+                file.append(rows)
+                report(file.done, len(self))
+            file.finish()
+
+    def _encode_some(
+        self, ids: list[int], embed: Callable[[list[str], Progress], Tensor], report: Callable[[int], object]
+    ) -> Tensor:
+        """Embeddings of these words, [N, D]; `report` gets the number done."""
+        names = [[self.words[i], *self._others.get(i, ())] for i in ids]
+
+        def advance(done: int, total: int) -> None:  # phrases: more than words where synonyms count
+            report(done * len(ids) // total)
+
+        return Vocabulary(names, synonyms=self.rule).encode(lambda phrases: embed(phrases, advance))
+
+    def _first_alike(self) -> npt.NDArray[np.int64]:
+        """[T] the first word that encodes to the same embedding as each."""
+        seen: dict[Any, int] = {}
+        mean = self.rule == "mean"
+        names = ((word, *self._others[i]) if mean and i in self._others else word for i, word in enumerate(self.words))
+        return np.fromiter((seen.setdefault(name, i) for i, name in enumerate(names)), np.int64, len(self))
+
+    def _metadata(self, model: str | None, weights: str | None, prompt: str | None) -> dict[str, str]:
+        known = {"model": model, "weights": weights, "prompt": prompt, "synonyms": self.rule, "key": self.key}
+        return {name: value for name, value in known.items() if value is not None}
+
     def _json(self) -> bytes:
         """UTF-8 JSON: a string per word, a list where there are synonyms."""
         names = [[word, *self._others[i]] if i in self._others else word for i, word in enumerate(self.words)]
         return json.dumps(names, ensure_ascii=False).encode()
+
+
+def _report_from(report: Progress, start: int, total: int, done: int) -> None:
+    report(start + done, total)
 
 
 def parse_words(text: str) -> list[list[str]]:
@@ -177,6 +230,11 @@ def read_words(path: str | PathLike[str]) -> list[list[str]]:
     Raises:
         ErrSegError: naming the file and line, when it cannot be read, is not UTF-8, or lacks a word.
     """
+    return list(iterate_words(path))
+
+
+def iterate_words(path: str | PathLike[str]) -> Iterator[list[str]]:
+    """`read_words`, one class at a time: of a million words `Vocabulary` then holds the only copy."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
@@ -192,16 +250,16 @@ def read_words(path: str | PathLike[str]) -> list[list[str]]:
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise ErrSegError(f"{path}: line {line} holds a zero byte: save the file as UTF-8 text")
-    words: list[list[str]] = []
-    for number, line_text in enumerate(text.split("\n"), 1):
-        if not line_text.strip():
-            continue
-        words.append([name.strip() for name in line_text.split(",")])
-        if "" in words[-1]:
-            raise ErrSegError(f"{path}: line {number} has an empty word: {line_text.strip()!r}")
-    if not words:
+    del data
+    if not text.strip():
         raise ErrSegError(f"{path}: the words file holds no word")
-    return words
+    for number, class_line in enumerate(io.StringIO(text), 1):
+        if not class_line.strip():
+            continue
+        names = [name.strip() for name in class_line.split(",")]
+        if "" in names:
+            raise ErrSegError(f"{path}: line {number} has an empty word: {class_line.strip()!r}")
+        yield names
 
 
 def _split(words: Any) -> Iterator[tuple[str, ...]]:

@@ -1,6 +1,7 @@
 """The `errseg` command: one module per sub-command, heavy imports only inside the command that runs.
 
-A sub-command is a typer function named like its module; its name in `COMMANDS` is all it needs.
+A sub-command is a typer function named like its module; its name in `COMMANDS` is all it needs. One with
+sub-commands of its own is a typer app named `app`, its module's name in `GROUPS`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import errseg
 from errseg.errors import ErrSegError
 
 COMMANDS = ("segment", "demo", "info", "verify", "bench")
+GROUPS = ("vocab",)
 
 USAGE_EXIT = 2
 INTERRUPT_EXIT = 130
@@ -126,6 +128,8 @@ def options(
 
 for _name in COMMANDS:
     app.command(_name)(getattr(importlib.import_module(f"errseg.cli.{_name}"), _name))
+for _name in GROUPS:
+    app.add_typer(importlib.import_module(f"errseg.cli.{_name}").app, name=_name)
 
 
 def main() -> None:

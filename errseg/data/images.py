@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import glob
 import struct
+import threading
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from errseg.errors import ErrSegError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float32]
 
 # What is looked for in folders; a file named outright may be anything that Pillow reads.
 SUFFIXES = frozenset(
@@ -64,11 +72,9 @@ def _read_file(path: Path, name: str) -> Image.Image:
     if path.is_dir():
         raise ErrSegError(f"{name}: is a folder, not a picture")
     try:
-        with warnings.catch_warnings():
-            # Pillow warns of odd tags and of its pixel limit, and raises beyond twice that: the line drawn here.
-            warnings.simplefilter("ignore")
-            with Image.open(path) as image:
-                return _decode(image, name)
+        # Pillow warns of odd tags and of its pixel limit, and raises beyond twice that: the line drawn here.
+        with _quiet_pillow, Image.open(path) as image:
+            return _decode(image, name)
     except UnidentifiedImageError as error:
         raise ErrSegError(f"{name}: not a picture that Pillow can read") from error
     except Image.DecompressionBombError as error:
@@ -77,6 +83,31 @@ def _read_file(path: Path, name: str) -> Image.Image:
         raise ErrSegError(f"{name}: no permission to read it") from error
     except _DECODER_ERRORS as error:
         raise ErrSegError(f"{name}: unreadable picture ({_reason(error)})") from error
+
+
+class _QuietPillow:
+    """A context without Pillow's warnings, for any number of threads (warnings.catch_warnings is for one)."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.users = 0
+        self.entry: Any = None
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.users:
+                warnings.filterwarnings("ignore", module=r"PIL\.|errseg\.data\.images$")
+                self.entry = warnings.filters[0]
+            self.users += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.users -= 1
+            if not self.users and self.entry in warnings.filters:
+                cast("list[Any]", warnings.filters).remove(self.entry)
+
+
+_quiet_pillow = _QuietPillow()
 
 
 def _bomb(error: Exception) -> str:
@@ -130,6 +161,49 @@ def _from_array(source: Any, name: str | None) -> Image.Image:
     if 0 in array.shape:
         raise ErrSegError(f"{name or 'image'}: has no pixels ({array.shape[1]} x {array.shape[0]})")
     return Image.fromarray(np.ascontiguousarray(array if is_array else array.numpy()))
+
+
+def to_square(picture: Image.Image, size: int, protocol: str | None = None) -> Tensor:
+    """Return an RGB picture as [1, 3, size, size] float32, 0..255: bilinear, half-pixel centres, no antialias.
+
+    With "published" the shortest edge first becomes 800 (longest at most 1333) in uint8 by Pillow. One thread, so
+    that workers may do it side by side; of large pictures only the pixels in use are converted.
+    """
+    import torch
+
+    if protocol == "published":
+        scale = min(800 / min(picture.size), 1333 / max(picture.size))
+        width, height = (max(1, int(edge * scale + 0.5)) for edge in picture.size)
+        picture = picture.resize((width, height), Image.Resampling.BILINEAR)
+    # Four bytes a pixel, so that a pixel is one number to gather.
+    pixels = np.frombuffer(picture.tobytes("raw", "RGBX"), np.uint32).reshape(picture.height, picture.width)
+    (top, bottom, down), (left, right, along) = (_neighbours(edge, size) for edge in pixels.shape)
+    if picture.height > 2 * size:
+        pixels = pixels.take(np.concatenate([top, bottom]), axis=0)
+        top, bottom = np.arange(size), np.arange(size, 2 * size)
+    sides = [pixels.take(columns, axis=1).view(np.uint8).reshape(-1, size, 4) for columns in (left, right)]
+    square = np.empty((1, 3, size, size), np.float32)
+    for channel in range(3):
+        west, east = (side[..., channel].astype(np.float32) for side in sides)
+        rows = _blend(west, east, along)
+        square[0, channel] = _blend(rows.take(top, axis=0), rows.take(bottom, axis=0), down[:, None])
+    return torch.from_numpy(square)
+
+
+def _neighbours(edge: int, size: int) -> tuple[IntArray, IntArray, FloatArray]:
+    """Per output pixel the two input pixels beside its centre, and the weight of the second; as PyTorch has them."""
+    centres = (np.arange(size, dtype=np.float32) + np.float32(0.5)) * np.float32(edge / size) - np.float32(0.5)
+    centres = np.maximum(centres, np.float32(0))
+    first = np.minimum(centres.astype(np.int64), edge - 1)
+    return first, np.minimum(first + 1, edge - 1), np.clip(centres - first, 0, 1).astype(np.float32)
+
+
+def _blend(first: FloatArray, second: FloatArray, weight: FloatArray) -> FloatArray:
+    """(1 - weight) first + weight second, in place of both."""
+    first *= 1 - weight
+    second *= weight
+    first += second
+    return first
 
 
 class ImageFile(NamedTuple):

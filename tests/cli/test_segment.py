@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +53,7 @@ def names(folder: Path) -> list[str]:
 def test_a_folder(photos: Path, weights: Path, tmp_path: Path) -> None:
     result = run(photos, "--out", tmp_path / "out", "--batch-size", 2, weights=weights)
     assert result.exit_code == 0, result.output
-    assert "3 of 3 pictures segmented" in result.stdout
+    assert re.search(r"^3 of 3 pictures segmented into \S+ \(\S+ s, \d+(\.\d+)? images/s\)$", result.stdout, re.M)
     stems = ("a", "x/a", "x/b")
     endings = (".json", ".labels.png", ".overlay.png")
     assert names(tmp_path / "out") == sorted(stem + ending for stem in stems for ending in endings)
@@ -124,6 +128,7 @@ def test_saved_vocabulary(photos: Path, weights: Path, tmp_path: Path) -> None:
         (["--words", "grass", "--size", "100"], "multiple of 32"),
         (["--words", "grass", "--threshold", "2"], "threshold"),
         (["--words", "grass", "--batch-size", "0"], "batch size: expected"),
+        (["--words", "grass", "--workers", "-1"], "workers: expected"),
         (["--words", "grass", "--synonyms", "last"], "synonyms: expected"),
         (["--words", "grass", "--protocol", "new"], "protocol: expected"),
         (["--words", "grass", "--background", ""], "word 0 is empty"),
@@ -157,3 +162,64 @@ def test_a_result_that_cannot_be_written(photos: Path, weights: Path, tmp_path: 
     assert result.exit_code == 2
     assert result.stderr.count("cannot write") == 2
     assert "1 of 3 pictures segmented" in result.stdout
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_json_lines(photos: Path, weights: Path, tmp_path: Path, workers: int) -> None:
+    (photos / "cut.jpg").write_bytes((photos / "x/b.jpg").read_bytes()[:700])
+    options = ["--json", "--workers", workers, "--batch-size", 2, "--timings", "--out", tmp_path / "out"]
+    result = run(photos, *options, weights=weights)
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    *lines, sums = map(json.loads, result.stdout.splitlines())
+    done = {line["image"]: line for line in lines if "error" not in line}
+    assert sorted(done) == [str(photos / name) for name in ("a.png", "x/a.png", "x/b.jpg")]
+    for line in done.values():
+        assert [Path(file).is_file() for file in line["files"]] == [True, True, True]
+        assert sum(area["fraction"] for area in line["areas"]) == pytest.approx(1, abs=1e-4)
+    assert [line["image"] for line in lines if "error" in line] == [str(photos / "cut.jpg")]
+    assert (sums["pictures"], sums["failed"], sums["out"]) == (3, 1, str(tmp_path / "out"))
+    assert sums["images_per_second"] == pytest.approx(3 / sums["seconds"], rel=0.01)
+    assert sums["timings"]["read"] > 0 and sums["timings"]["save"] > 0
+
+
+_INTERRUPTED = """
+import os, signal
+from errseg.segmentation import Segmentation
+save, saved = Segmentation.save, []
+
+def interrupting(result, path, **options):
+    saved.append(path)
+    if len(saved) == 5:
+        os.kill(os.getpid(), signal.SIGINT)
+    return save(result, path, **options)
+
+Segmentation.save = interrupting
+from errseg.cli import main
+main()
+"""
+
+
+def test_an_interrupt_leaves_whole_files(photos: Path, weights: Path, tmp_path: Path) -> None:
+    for i in range(60):
+        os.link(photos / "x/b.jpg", photos / f"{i}.jpg")
+    command = ["segment", str(photos), "--model", "errseg-tiny", "--weights", str(weights), "--words", "grass"]
+    command += ["--device", "cpu", "--workers", "2", "--out", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", _INTERRUPTED, *command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+    saved = names(tmp_path / "out")
+    stems = {name.removesuffix(".json") for name in saved if name.endswith(".json")}
+    assert len(saved) == 3 * len(stems) and 5 <= len(stems) < 60  # nothing by halves
+    counted = re.match(r"(\d+) of \1 pictures segmented", done.stdout)
+    assert counted and 0 < int(counted[1]) <= len(stems)
+
+
+def test_a_built_vocabulary(photos: Path, weights: Path, tmp_path: Path) -> None:
+    (tmp_path / "words.txt").write_text("red star\ngrass\nsky\n")
+    settings = ["--model", "errseg-tiny", "--weights", str(weights), "--device", "cpu"]
+    built = CliRunner().invoke(app, ["vocab", "build", str(tmp_path / "words.txt"), "--dtype", "float16", *settings])
+    assert built.exit_code == 0, built.output
+    options = ["--vocabulary", tmp_path / "words.safetensors", "--out", tmp_path / "out"]
+    assert run(photos / "a.png", *options, weights=weights, words=None).exit_code == 0
+    assert json.loads((tmp_path / "out/a.json").read_text())["vocabulary_size"] == 3
+    result = run(photos / "a.png", *options, "--prompt", "the {}", weights=weights, words=None)
+    assert result.exit_code == 2 and "made with prompt" in result.stderr

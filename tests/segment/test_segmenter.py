@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from PIL import Image
 
 from errseg import Segmenter, Vocabulary
+from errseg.data.images import to_square
 from errseg.data.labels import load_labels
 from errseg.errors import ErrSegError
 from errseg.model.errseg import create_model
-from errseg.segmenter import default_num_selected, to_square
+from errseg.settings import default_num_selected
 from errseg.timing import STAGES
 
 WORDS = ["red star", "blue circle", "grass", "red star", "sky", "green heart", "water"]
@@ -261,7 +262,7 @@ def test_unknown_models_and_spare_weights() -> None:
 
 def test_random_weights_are_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = create_model("errseg-tiny", "random")
-    monkeypatch.setattr("errseg.segmenter.create_model", lambda name, weights: tiny)
+    monkeypatch.setattr("errseg.settings.create_model", lambda name, weights: tiny)
     with pytest.warns(UserWarning, match="errseg-b with random weights"):
         Segmenter("errseg-b", device="cpu")
 
@@ -286,3 +287,112 @@ def test_out_of_memory_says_what_to_do(segmenter: Segmenter, error: Exception) -
         handle.remove()
     assert not segmenter.model.decoder.rrca._forward_hooks
     assert segmenter(picture(), vocabulary=WORDS).labels.shape == (70, 90)
+
+
+# ---- streams
+
+
+def test_a_stream_gives_what_a_call_gives(segmenter: Segmenter, tmp_path: Path) -> None:
+    sources: list[object] = []
+    for i, size in enumerate([(70, 90), (33, 200), (160, 160), (1, 1), (90, 70), (40, 40), (50, 60)]):
+        Image.fromarray(picture(*size, seed=i)).save(tmp_path / f"{i}.png")
+        sources.append(tmp_path / f"{i}.png" if i % 2 else picture(*size, seed=i))
+    expected = segmenter(sources, vocabulary=WORDS, batch_size=3, return_scores=True)
+    for workers in (0, 1, 3):
+        stream = segmenter.stream(
+            iter(sources), workers=workers, vocabulary=WORDS, batch_size=3, return_scores=True, background=()
+        )
+        results = list(stream)
+        assert [r.source for r in results] == [r.source for r in expected]
+        for result, other in zip(results, expected, strict=True):
+            assert torch.equal(result.labels, other.labels) and torch.equal(result.scores, other.scores)
+            assert torch.equal(result.class_ids, other.class_ids) and result.image == other.image
+
+
+def test_a_stream_takes_pictures_as_it_needs_them(segmenter: Segmenter) -> None:
+    taken: list[int] = []
+
+    def endless() -> Iterator[np.ndarray]:
+        while True:
+            taken.append(len(taken))
+            yield picture(40, 30, seed=taken[-1])
+
+    stream = segmenter.stream(endless(), workers=2, batch_size=2, vocabulary=WORDS)
+    assert not taken
+    for done in range(1, 9):
+        next(stream)
+        assert len(taken) <= done + 2 + 2 * 2 + 2  # ahead, and a batch of which this is one, and on a GPU another
+    stream.close()
+
+
+def test_a_stream_goes_on_after_a_bad_picture(segmenter: Segmenter, tmp_path: Path) -> None:
+    sources = [picture(seed=0), tmp_path / "gone.png", picture(50, 40, seed=1), 3, picture(60, 60, seed=2)]
+    errors: list[tuple[object, str]] = []
+    stream = segmenter.stream(
+        sources, vocabulary=WORDS, workers=2, batch_size=2, on_error=lambda s, e: errors.append((s, str(e)))
+    )
+    assert [tuple(r.labels.shape) for r in stream] == [(70, 90), (50, 40), (60, 60)]
+    assert [source for source, _ in errors] == [tmp_path / "gone.png", 3]
+    assert "no such file" in errors[0][1] and "expected a path" in errors[1][1]
+    with pytest.raises(ErrSegError, match="no such file"):
+        list(segmenter.stream(sources, vocabulary=WORDS, workers=2))
+
+
+def test_a_stream_goes_on_after_a_batch_too_large(segmenter: Segmenter) -> None:
+    calls: list[int] = []
+
+    def fail_once(*_: object) -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            raise MemoryError
+
+    errors: list[object] = []
+    handle = segmenter.model.decoder.rrca.register_forward_pre_hook(fail_once)
+    try:
+        pictures = [picture(seed=i) for i in range(3)]
+        stream = segmenter.stream(pictures, vocabulary=WORDS, batch_size=2, on_error=lambda s, e: errors.append((s, e)))
+        assert len(list(stream)) == 1
+    finally:
+        handle.remove()
+    assert [source is expected for (source, _), expected in zip(errors, pictures, strict=False)] == [True, True]
+    assert all("out of memory" in str(error) for _, error in errors)
+
+
+def test_a_stream_keeps_the_words_of_its_start(segmenter: Segmenter) -> None:
+    own = Segmenter(segmenter.model, vocabulary=["grass", "sky"])
+    stream = own.stream([picture(), picture()], workers=0)
+    next(stream)
+    own.set_vocabulary(["water"])
+    assert next(stream).vocabulary == ["grass", "sky"]
+    with pytest.raises(ErrSegError, match="workers: expected 0 or more, got -1"):
+        own.stream([], workers=-1)  # at once, not at the first picture
+
+
+def test_timings_of_a_stream(segmenter: Segmenter) -> None:
+    results = list(segmenter.stream([picture()] * 3, vocabulary=WORDS, workers=2, batch_size=2, timings=True))
+    assert all(result.timings["read"] > 0 and result.timings["upsampler"] > 0 for result in results)
+
+
+def test_building_a_vocabulary(segmenter: Segmenter, tmp_path: Path) -> None:
+    path = tmp_path / "v.safetensors"
+    seen: list[tuple[int, int]] = []
+    built = segmenter.build_vocabulary(
+        {"grass": ["sand"], "sky": []}, path, synonyms="mean", progress=lambda *done: seen.append(done)
+    )
+    embedded = segmenter.embed({"grass": ["sand"], "sky": []}, synonyms="mean")
+    torch.testing.assert_close(built.embeddings, embedded.embeddings)
+    assert (built.model, built.weights, built.prompt) == (embedded.model, embedded.weights, embedded.prompt)
+    assert seen[0] == (0, 2) and seen[-1] == (2, 2)
+    half = segmenter.build_vocabulary(["grass", "sky"], tmp_path / "half.safetensors", dtype=torch.float16)
+    assert half.embeddings.dtype == torch.float16
+    assert segmenter(picture(), vocabulary=half).labels.shape == (70, 90)
+
+
+def test_words_by_the_thousand_are_tokenised_in_turns(segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("errseg.segmenter._ENCODE_WORDS", 3)
+    seen: list[tuple[int, int]] = []
+    built = segmenter.embed(WORDS, progress=lambda *done: seen.append(done))
+    assert seen == [(3, 6), (6, 6)]  # "red star" comes twice
+    with torch.no_grad():
+        expected = segmenter.model.clip.embed_words(WORDS, prompt=segmenter.prompt).cpu()
+    torch.testing.assert_close(built.embeddings, expected)
