@@ -58,7 +58,7 @@ setup(
     packages=[*find_packages(include=["errseg", "errseg.*"]), *room_packages(), "errseg.csrc", "errseg.golden"],
     package_dir={"errseg": "errseg", **ROOMS, "errseg.csrc": "csrc", "errseg.golden": GOLDEN},
     package_data={
-        "errseg": ["py.typed", "assets/**/*"],
+        "errseg": ["py.typed", "assets/**/*", "configs/**/*.yaml", "data/classes/*.tsv"],
         "errseg.bench": ["*.sh", "results/**/*"],
         "errseg.csrc": NATIVE_SOURCES,
         "errseg.golden": ["*.md", "*.safetensors", "keys/*.tsv"],

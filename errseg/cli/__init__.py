@@ -19,8 +19,8 @@ from typer.core import TyperGroup
 import errseg
 from errseg.errors import ErrSegError
 
-COMMANDS = ("segment", "demo", "info", "verify", "bench")
-GROUPS = ("vocab",)
+COMMANDS = ("segment", "demo", "eval", "info", "verify", "bench")
+GROUPS = ("data", "vocab")
 
 USAGE_EXIT = 2
 INTERRUPT_EXIT = 130

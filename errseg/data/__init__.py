@@ -1,1 +1,1 @@
-"""Pictures in and out: reading, labels, overlays, and the toy world."""
+"""Pictures in and out: reading, labels, overlays, the toy world, and labelled sets: the benchmarks and one's own."""

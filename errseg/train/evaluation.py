@@ -13,16 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from errseg.data.toy import BACKGROUND_IDS, SEEN_IDS, UNSEEN_IDS, WORDS, ToyWorld
+from errseg.eval.metrics import Metrics, confusion_matrix
 from errseg.model.errseg import ERRSeg
 from errseg.ops import cost_volume, upsample_argmax
 
 TEST_SEED = 777
-
-
-def confusion_matrix(truth: NDArray[np.integer], prediction: NDArray[np.integer], size: int) -> NDArray[np.int64]:
-    """Pixel counts [size, size]: row = true class, column = predicted class."""
-    pairs = truth.astype(np.int64).ravel() * size + prediction.ravel()
-    return np.bincount(pairs, minlength=size * size).reshape(size, size)
 
 
 @dataclass(frozen=True)
@@ -34,9 +29,8 @@ class Scores:
 
     def miou(self, ids: Iterable[int]) -> float:
         """Mean IoU in percent over those of the classes `ids` that the ground truth shows."""
-        true, predicted, right = self.confusion.sum(1), self.confusion.sum(0), np.diag(self.confusion)
-        shown = [i for i in ids if true[i]]
-        return 100 * float(np.mean(right[shown] / (true + predicted - right)[shown]))
+        metrics = Metrics(self.confusion)
+        return float(np.mean(metrics.iou[[i for i in ids if metrics.true[i]]]))
 
     def pixel_accuracy(self, ids: Iterable[int]) -> float:
         """Share in percent of the pixels of the true classes `ids` that are labelled right."""

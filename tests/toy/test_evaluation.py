@@ -10,8 +10,9 @@ import torch
 
 from errseg.data import toy
 from errseg.errors import ErrSegError
+from errseg.eval.metrics import confusion_matrix
 from errseg.model.errseg import ASSETS, ERRSeg, create_model
-from errseg.train.evaluation import Scores, confusion_matrix, evaluate, predict, summary, to_tensor
+from errseg.train.evaluation import Scores, evaluate, predict, summary, to_tensor
 
 
 @pytest.fixture(scope="module")
