@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from errseg import ops as ops
     from errseg import testing as testing
     from errseg import verify as verify
+    from errseg.accelerated import accelerate as accelerate
+    from errseg.accelerated import restore as restore
     from errseg.errors import ErrSegError as ErrSegError
     from errseg.model.clip import DenseCLIP as DenseCLIP
     from errseg.model.clip import DenseFeatures as DenseFeatures
@@ -33,7 +35,9 @@ _HOME_OF = {
     "Segmentation": "errseg.segmentation",
     "Segmenter": "errseg.segmenter",
     "Vocabulary": "errseg.vocabulary",
+    "accelerate": "errseg.accelerated",
     "create_model": "errseg.model.errseg",
+    "restore": "errseg.accelerated",
 }
 _SUBMODULES = ("ops", "testing", "verify")
 

@@ -6,9 +6,11 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from errseg.model.channels_last import conv_norm_relu, double_size, one_channel
 from errseg.model.clip import DenseFeatures
 from errseg.model.config import DecoderConfig
 from errseg.model.guidance import Guidance
@@ -32,7 +34,7 @@ class DecoderOutput(NamedTuple):
         batch, _, height, width = self.logits.shape
         dense = self.logits.new_full((batch, vocabulary_size, height, width), UNSELECTED_LOGIT)
         index = self.class_ids[:, :, None, None].expand_as(self.logits)
-        return dense.scatter(1, index, self.logits)
+        return dense.scatter_(1, index, self.logits)
 
 
 class UpStep(nn.Module):
@@ -55,14 +57,11 @@ class UpStep(nn.Module):
         The first convolution runs over [x, guidance]; its guidance part is the same for every class of an image
         and is computed once.
         """
-        up = self.up_conv(x)
+        up = double_size(self.up_conv, x)
         own, shared = self.conv1.weight.split((up.shape[1], guidance.shape[1]), dim=1)
-        by_image = F.conv2d(guidance, shared, padding=1)[:, None]  # [B, 1, C', H', W']
-        mixed = F.conv2d(up, own, padding=1)
-        mixed = (mixed.unflatten(0, (guidance.shape[0], -1)) + by_image).flatten(0, 1)
-        # On CPUs PyTorch's GroupNorm sums channels-last maps term by term: ever less exact the larger they are.
-        mixed = F.relu(self.norm1(mixed.contiguous()))
-        return F.relu(self.norm2(self.conv2(mixed)))
+        by_image = F.conv2d(guidance.contiguous(memory_format=torch.channels_last), shared, padding=1)
+        mixed = conv_norm_relu(up, own, self.norm1, by_image)
+        return conv_norm_relu(mixed, self.conv2.weight, self.norm2)
 
 
 class Upsampler(nn.Module):
@@ -82,7 +81,7 @@ class Upsampler(nn.Module):
         maps = x.flatten(0, 1).permute(0, 3, 1, 2)  # channels last in memory
         for step, step_guidance in zip(self.steps, guidance, strict=True):
             maps = step(maps, step_guidance)
-        return self.head(maps)[:, 0].unflatten(0, batch_and_classes)
+        return one_channel(self.head, maps).unflatten(0, batch_and_classes)
 
 
 class Decoder(nn.Module):
@@ -137,6 +136,15 @@ class Decoder(nn.Module):
         guidance = self.guidance(features, text_embeddings, class_ids)
         refined = self.rrca(embedding, guidance.aggregation, guidance.text)
         return DecoderOutput(self.upsampler(refined, guidance.decoder), class_ids)
+
+    def keep_folded(self) -> None:
+        """Compose the parameters once instead of in every call; undone by training, loading and moving them.
+
+        For inference: gradients no longer arrive at the parameters.
+        """
+        self.eval()
+        self.rrhc.embedding.keep_folded()
+        self.rrca.keep_folded()
 
     @classmethod
     def from_published(cls, state_dict: Mapping[str, Tensor], prefix: str = "", num_heads: int = 4) -> Decoder:

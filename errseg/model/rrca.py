@@ -12,9 +12,21 @@ from torch import Tensor, nn
 
 from errseg import ops
 from errseg.model.config import DecoderConfig
+from errseg.model.folding import Foldable
 
 
-class GatedMLP(nn.Module):
+class DropPath(nn.Module):
+    """The probability at which a block drops each of its two branches in training; `drop_prob`, as timm has it."""
+
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def extra_repr(self) -> str:
+        return f"drop_prob={self.drop_prob:g}"
+
+
+class GatedMLP(Foldable):
     """Parameters of the gated MLP; the spatial block's has a depthwise convolution too."""
 
     def __init__(self, width: int, hidden: int, *, depthwise: bool) -> None:
@@ -25,15 +37,16 @@ class GatedMLP(nn.Module):
         if depthwise:
             self.dwconv = nn.Conv2d(width, width, 7, padding=3, groups=width)
 
-    def params(self, norm: nn.LayerNorm) -> ops.GatedMLPParams:
+    def published_params(self, *norms: nn.LayerNorm) -> ops.GatedMLPParams:
         """The published tensors as the op takes them, with the LayerNorm before them."""
+        (norm,) = norms
         fc1, fc2, fc3 = self.fc1, self.fc2, self.fc3
         return ops.GatedMLPParams(
             norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias, fc3.weight, fc3.bias
         )
 
 
-class SpatialAttention(nn.Module):
+class SpatialAttention(Foldable):
     """Parameters of the attention among pixels; keys and values come from strided windows."""
 
     def __init__(self, width: int, stride: int) -> None:
@@ -47,8 +60,9 @@ class SpatialAttention(nn.Module):
         self.sr_v = nn.Conv2d(width, width, stride, stride=stride)
         self.norm_v = nn.LayerNorm(width)
 
-    def params(self, norm: nn.LayerNorm) -> ops.SpatialAttentionParams:
+    def published_params(self, *norms: nn.LayerNorm) -> ops.SpatialAttentionParams:
         """The published tensors as the op takes them, with the LayerNorm before them."""
+        (norm,) = norms
         tensors = {"norm_weight": norm.weight, "norm_bias": norm.bias}
         for name, layer in self.named_children():
             tensors |= {f"{name}_{kind}": value for kind, value in layer.named_parameters()}
@@ -61,15 +75,20 @@ class SpatialBlock(nn.Module):
     def __init__(self, width: int, hidden: int, num_heads: int, drop_path: float, stride: int = 2) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.drop_path = drop_path
+        self.drop_path: nn.Module = DropPath(drop_path)
         self.norm1 = nn.LayerNorm(width)
         self.attention = SpatialAttention(width, stride)
         self.norm2 = nn.LayerNorm(width)
         self.mlp = GatedMLP(width, hidden, depthwise=True)
 
+    def keep_folded(self) -> None:
+        """Compose the parameters once, for inference."""
+        self.attention.keep_folded(self.norm1)
+        self.mlp.keep_folded(self.norm2)
+
     def forward(self, x: Tensor, guidance: Tensor) -> Tensor:
         """[B, K, H, W, C], guidance [B, H, W, C] -> [B, K, H, W, C]; one drop-path mask per (image, class)."""
-        rate = self.drop_path if self.training else 0.0
+        rate = drop_rate(self.drop_path)
         x = ops.spatial_attention(
             x,
             guidance,
@@ -94,29 +113,29 @@ class ClassAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
 
-class ClassBlock(nn.Module):
+class ClassBlock(Foldable):
     """Attention among the classes of each pooled pixel, brought back by bilinear upsampling."""
 
     def __init__(self, width: int, hidden: int, num_heads: int, drop_path: float) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.drop_path = drop_path
+        self.drop_path: nn.Module = DropPath(drop_path)
         self.norm1 = nn.LayerNorm(width)
         self.attention = ClassAttention(width)
         self.norm2 = nn.LayerNorm(width)
         self.mlp = GatedMLP(width, hidden, depthwise=False)
 
-    def params(self) -> ops.ClassAttentionParams:
+    def published_params(self, *norms: nn.LayerNorm) -> ops.ClassAttentionParams:
         """The published tensors as the op takes them."""
         tensors = {"norm_weight": self.norm1.weight, "norm_bias": self.norm1.bias}
         for name, layer in self.attention.named_children():
             tensors |= {f"{name}_{kind}": value for kind, value in layer.named_parameters()}
-        return ops.ClassAttentionParams(**tensors, mlp=self.mlp.params(self.norm2))
+        return ops.ClassAttentionParams(**tensors, mlp=self.mlp.published_params(self.norm2))
 
     def forward(self, x: Tensor, text_guidance: Tensor) -> Tensor:
         """[B, K, H, W, C], text [B, K, C] -> [B, K, H, W, C]; a drop-path mask per (image, pooled pixel) and branch."""
         batch, _, height, width, _ = x.shape
-        rate = self.drop_path if self.training else 0.0
+        rate = drop_rate(self.drop_path)
         shape = (batch, height // 2, width // 2)
         masks = drop_path_mask(x, shape, rate), drop_path_mask(x, shape, rate)
         pair = None if masks[0] is None or masks[1] is None else (masks[0], masks[1])
@@ -145,11 +164,24 @@ class RRCA(nn.Module):
         self.layers = nn.ModuleList(RRCALayer(config, i * config.drop_path_rate) for i in range(config.num_layers))
         self.apply(_init_weights)
 
+    def keep_folded(self) -> None:
+        """Compose the parameters once, for inference."""
+        for layer in self.layers:
+            assert isinstance(layer, RRCALayer)
+            layer.spatial.keep_folded()
+            layer.classes.keep_folded()
+
     def forward(self, x: Tensor, guidance: Tensor, text_guidance: Tensor) -> Tensor:
         """Refine the cost embedding x [B, K, H, W, C] with guidance [B, H, W, C] and text guidance [B, K, C]."""
         for layer in self.layers:
             x = layer(x, guidance, text_guidance)
         return x
+
+
+def drop_rate(drop_path: nn.Module) -> float:
+    """The probability now in force: 0 in evaluation, and for a stand-in that has none."""
+    rate = getattr(drop_path, "drop_prob", None) if drop_path.training else None
+    return 0.0 if rate is None else float(rate)
 
 
 def drop_path_mask(x: Tensor, shape: tuple[int, ...], rate: float) -> Tensor | None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from errseg import ops
 from errseg.model.config import DecoderConfig
+from errseg.model.folding import Foldable
 
 
 class RRHCOutput(NamedTuple):
@@ -17,7 +18,7 @@ class RRHCOutput(NamedTuple):
     class_ids: Tensor
 
 
-class CostEmbedding(nn.Module):
+class CostEmbedding(Foldable):
     """Two 7x7 convolutions over the cost maps, averaged at 1/16 and projected: [B,K,H,W], [B,K,h,w] -> [B,K,H,W,C]."""
 
     def __init__(self, embed_dim: int, width: int) -> None:
@@ -26,7 +27,7 @@ class CostEmbedding(nn.Module):
         self.conv32 = nn.Conv2d(1, embed_dim, 7, padding=3)
         self.fusion = nn.Conv2d(embed_dim, width, 1)
 
-    def params(self) -> ops.CostEmbeddingParams:
+    def published_params(self, *norms: nn.LayerNorm) -> ops.CostEmbeddingParams:
         """The published tensors as the op takes them."""
         return ops.CostEmbeddingParams(
             *_weight_and_bias(self.conv16), *_weight_and_bias(self.conv32), *_weight_and_bias(self.fusion)

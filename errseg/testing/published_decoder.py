@@ -99,17 +99,17 @@ def gather_classes(values: Tensor, class_ids: Tensor) -> Tensor:
 class DropPath(nn.Module):
     """Drops whole samples of a residual branch and divides the kept ones by the keep probability."""
 
-    def __init__(self, rate: float) -> None:
+    def __init__(self, drop_prob: float) -> None:
         super().__init__()
-        self.rate = rate
+        self.drop_prob = drop_prob
 
     def draw(self, x: Tensor) -> Tensor:
         """A fresh mask for the samples of x, [N, 1, ...], already divided by the keep probability."""
-        keep = 1.0 - self.rate
+        keep = 1.0 - self.drop_prob
         return x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(keep) / keep
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.draw(x) if self.training and self.rate > 0 else x
+        return x * self.draw(x) if self.training and self.drop_prob > 0 else x
 
 
 class GuidedAttention(nn.Module):

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from errseg.errors import ErrSegError
 from errseg.model.config import ClipConfig, DecoderConfig
+from errseg.model.errseg import MEAN, STD
 
-MODULES = Path("err_seg/modeling/modules")
+MODELING = Path("err_seg/modeling")
+MODULES = MODELING / "modules"
 META_ARCHITECTURE = Path("err_seg/err_seg_model.py")
 OPEN_CLIP = Path("open_clip/src/open_clip")
 _PREFIX = "_errseg_official"
@@ -34,6 +36,7 @@ class OfficialCode:
     timm_module: Any
     tokenizer_module: Any
     meta_architecture: Any
+    root: Path
 
     def decoder(self, config: DecoderConfig, num_selected: int) -> Any:
         """Its decoder with random weights; drop path is off, as it is random."""
@@ -74,6 +77,24 @@ class OfficialCode:
             )
         return without_drop_path(clip)
 
+    def model(self, clip: Any, decoder: Any, words: list[str], prompt: str, size: tuple[int, int]) -> Any:
+        """Its ERRSeg, whole: towers and decoder in its head, which knows these words and squeezes images to `size`."""
+        head = _head_class(self.root).__new__(_head_class(self.root))
+        nn.Module.__init__(head)  # its own wants class files and downloads weights
+        head.clip_model, head.decoder, head.tokenizer = clip, decoder, self.tokenizer_module.tokenize
+        head.class_texts = head.test_class_texts = words
+        head.prompt_templates, head.tokens, head.cache = [prompt], None, None
+        return self.meta_architecture.ERRSeg(
+            sem_seg_head=head,
+            size_divisibility=-1,
+            clip_pixel_mean=MEAN,
+            clip_pixel_std=STD,
+            crop_size=size,
+            clip_finetune="weight",
+            in_features=(),
+            ignore_value=255,
+        )
+
     def forward(self, model: Any, inputs: list[dict[str, Any]]) -> Any:
         """The forward pass of its ERRSeg on an object that has what it reads."""
         return self.meta_architecture.ERRSeg.forward(model, inputs)
@@ -105,7 +126,28 @@ def load_official(checkout: Path) -> OfficialCode:
                 timm_module=importlib.import_module(f"{_PREFIX}_clip.timm_model"),
                 tokenizer_module=importlib.import_module(f"{_PREFIX}_clip.tokenizer"),
                 meta_architecture=importlib.import_module(f"{_PREFIX}_model.err_seg_model"),
+                root=checkout,
             )
+    except ImportError as error:
+        raise ErrSegError(f"the published code in {checkout} does not import: {error}") from error
+
+
+def _head_class(checkout: Path) -> Any:
+    """Its ERRSEGHead, over modules of its own."""
+    name = f"{_PREFIX}_modeling"
+    if name not in sys.modules:
+        _package("modeling", checkout / MODELING)
+    others: dict[str, dict[str, Any]] = {
+        "fvcore": {},
+        "fvcore.nn": {},
+        "fvcore.nn.weight_init": {},
+        "open_clip": {},
+        "err_seg": {},
+        "err_seg.third_party": {"imagenet_templates": None},
+    }
+    try:
+        with _silence(), _old_timm_names(), _detectron2(), _only(others):
+            return importlib.import_module(f"{name}.heads.err_seg_head").ERRSEGHead
     except ImportError as error:
         raise ErrSegError(f"the published code in {checkout} does not import: {error}") from error
 
@@ -178,10 +220,12 @@ def _detectron2() -> Iterator[None]:
         "detectron2": {},
         "detectron2.config": {"configurable": lambda function: function},
         "detectron2.data": {"MetadataCatalog": None},
+        "detectron2.layers": {"Conv2d": None, "ShapeSpec": None, "get_norm": None},
         "detectron2.modeling": {
             "META_ARCH_REGISTRY": _Registry(),
             "build_backbone": None,
             "build_sem_seg_head": None,
+            "SEM_SEG_HEADS_REGISTRY": _Registry(),
         },
         "detectron2.modeling.backbone": {"Backbone": nn.Module},
         "detectron2.modeling.postprocessing": {"sem_seg_postprocess": _postprocess},
@@ -189,11 +233,18 @@ def _detectron2() -> Iterator[None]:
         "detectron2.utils": {},
         "detectron2.utils.memory": {"_ignore_torch_cuda_oom": None},
     }
+    # Always these, installed or not: the registry of an installed one would refuse a second model of that name.
+    with _only(names):
+        yield
+
+
+@contextlib.contextmanager
+def _only(names: dict[str, dict[str, Any]]) -> Iterator[None]:
+    """Modules with nothing but these members, instead of any that are there."""
     modules = {}
     for name, members in names.items():
         modules[name] = types.ModuleType(name)
         vars(modules[name]).update(members, __path__=[])
-    # Always these, installed or not: the registry of an installed one would refuse a second model of that name.
     before = {name: sys.modules.pop(name) for name in names if name in sys.modules}
     try:
         with _stand_ins(modules):

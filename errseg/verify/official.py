@@ -14,6 +14,7 @@ import torch
 from errseg.errors import ErrSegError
 from errseg.verify.checkout import OfficialCode, load_official
 from errseg.verify.checks import Check
+from errseg.verify.official_accelerate import AcceleratedPair
 from errseg.verify.official_decoder import DecoderPair
 from errseg.verify.official_model import ModelPair
 from errseg.verify.official_settings import PUBLISHED, SMALL, SMALL_MLP_HEAD, SMALL_SQUARE, Setting
@@ -29,6 +30,8 @@ COMPARISONS: dict[str, tuple[Callable[[OfficialCode, Setting, torch.device], Com
     "image tower": (lambda *on: ModelPair(*on).compare_image_tower, (SMALL, SMALL_MLP_HEAD)),
     "text tower": (lambda *on: ModelPair(*on).compare_text_tower, (SMALL,)),
     "whole model": (lambda *on: ModelPair(*on).compare_whole_model, (SMALL,)),
+    "accelerate, training": (lambda *on: AcceleratedPair(*on).compare_training, (SMALL,)),
+    "accelerate, evaluation": (lambda *on: AcceleratedPair(*on).compare_evaluation, (SMALL,)),
 }
 
 
@@ -37,7 +40,7 @@ def official_tasks(checkout: Path, device: torch.device, quick: bool) -> list[Ta
     code = load_official(checkout)
     tasks: list[Task] = []
     for what, (make, small) in COMPARISONS.items():
-        for setting in (*small, *(() if quick else PUBLISHED[what])):
+        for setting in (*small, *(() if quick else PUBLISHED.get(what, ()))):
             case = f"{what}: {setting.name}"
             tasks.append((case, partial(_compare, case, partial(make, code, setting, device), setting, device)))
     return tasks

@@ -256,7 +256,7 @@ class DecoderPair:
 
 
 def compare_gradients(
-    ours: Answer, theirs: Answer, exact: Answer, kinks: dict[str, Tensor] | None = None
+    ours: Answer, theirs: Answer, exact: Answer, kinks: dict[str, Tensor] | None = None, *, roundings: int = 64
 ) -> list[Check]:
     """Every gradient that the published code has; `kinks` is by how much flipped gates may move each entry."""
     found: list[Check] = []
@@ -270,7 +270,7 @@ def compare_gradients(
         else:
             leniency = Leniency(kinks=kinks[name]) if kinks else None
             # Long sums in another order: float32's own error there is a matter of luck.
-            found += compare_errors(quantity, got, theirs.gradients[name], grad, roundings=64, leniency=leniency)
+            found += compare_errors(quantity, got, theirs.gradients[name], grad, roundings=roundings, leniency=leniency)
     return found
 
 

@@ -23,7 +23,7 @@ from errseg.verify.official_settings import Setting, decoder_weights
 WORDS = ("a", "cat", "sofa", "traffic light", "swimming pool", "wall-concrete", "tree", "sky", "person")
 
 
-def _random_state(config: ClipConfig) -> dict[str, Tensor]:
+def random_clip_weights(config: ClipConfig) -> dict[str, Tensor]:
     """Weights that leave no part idle: layer scales near 1/2, uneven norms, products of about unit variance."""
     generator = torch.Generator().manual_seed(5)
     with torch.device("meta"):
@@ -47,7 +47,7 @@ def _our_clip(setting: Setting, dtype: torch.dtype, device: torch.device) -> err
     with torch.device("meta"):
         clip = errseg.DenseCLIP(setting.clip)
     clip = clip.to_empty(device=device)
-    clip.load_state_dict(_random_state(setting.clip))
+    clip.load_state_dict(random_clip_weights(setting.clip))
     return clip.to(dtype).eval()
 
 
@@ -58,7 +58,7 @@ def _their_clip(code: OfficialCode, setting: Setting, dtype: torch.dtype, device
     # Buffers that no checkpoint holds (the causal mask) are not made on "meta".
     clip = clip.to_empty(device=device)
     clip.register_buffer("attn_mask", _causal_mask(setting.clip.text.context_length, device), persistent=False)
-    clip.load_state_dict(_random_state(setting.clip))
+    clip.load_state_dict(random_clip_weights(setting.clip))
     return clip.to(dtype).eval()
 
 

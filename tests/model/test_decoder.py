@@ -179,7 +179,7 @@ def test_drop_path_drops_whole_branches_in_training_only(golden) -> None:
     decoder = decoder_of(golden, torch.float64)
     calm = decoder(features, text, num_selected=4).logits
     for layer in decoder.rrca.layers:
-        layer.spatial.drop_path = layer.classes.drop_path = 0.5
+        layer.spatial.drop_path.drop_prob = layer.classes.drop_path.drop_prob = 0.5
     assert torch.equal(decoder(features, text, num_selected=4).logits, calm)
     decoder.train()
     torch.manual_seed(0)

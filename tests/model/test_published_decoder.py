@@ -239,7 +239,8 @@ def test_drop_path_drops_whole_samples_in_training_only() -> None:
     assert set(per_sample[:, 0].tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
     assert abs(dropped.mean().item() - 1) < 0.05  # 4.3 standard deviations
     assert torch.equal(drop.eval()(x), x)
-    rates = [layer.spatial_fusion["sa"].drop_path.rate for layer in PublishedDecoder(SMALL_DECODER).aggregator_layers]
+    layers = PublishedDecoder(SMALL_DECODER).aggregator_layers
+    rates = [layer.spatial_fusion["sa"].drop_path.drop_prob for layer in layers]
     assert rates == [0.0, 0.025]
 
 
