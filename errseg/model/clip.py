@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from errseg.errors import ErrSegError
 from errseg.model.config import ClipConfig
 from errseg.model.tokenizer import Tokenizer, import_open_clip, prompt_length
+from errseg.model.two_maps import two_maps
 
 
 class DenseFeatures(NamedTuple):
@@ -52,6 +53,7 @@ class DenseCLIP(nn.Module):
         self.text_projection = clip.text_projection
         self.logit_scale = clip.logit_scale
         self.logit_bias = None  # open_clip's loader looks for it
+        _use_onednn(self.visual.trunk)
         self.visual.modify_downsample = _stride_one_downsample(self.visual.trunk.stages[3].downsample)
         self.tokenizer = Tokenizer(config.text.context_length, config.text.token_ids)
 
@@ -63,12 +65,19 @@ class DenseCLIP(nn.Module):
         os4 = trunk.stages[0](trunk.stem(image))
         os8 = trunk.stages[1](os4)
         os16 = trunk.stages[2](os8)
-        os32 = trunk.stages[3](os16)
-        # The same blocks draw their drop-path masks anew in this second pass.
         grown = self.visual.modify_downsample(os16)
         resized = F.interpolate(grown, size=os16.shape[2:], mode="bilinear", align_corners=False)
-        os16_dense = self.project(trunk.stages[3].blocks(resized))
-        return DenseFeatures(os4.detach(), os8.detach(), os16, os32, os16_dense, self.project(os32))
+        dense, os32 = self._last_stage(resized, os16)
+        return DenseFeatures(os4.detach(), os8.detach(), os16, os32, self.project(dense), self.project(os32))
+
+    def _last_stage(self, resized: Tensor, os16: Tensor) -> tuple[Tensor, Tensor]:
+        """Stage 4 twice: its blocks on a map at 1/16, and the whole of it, which ends at 1/32."""
+        stage = self.visual.trunk.stages[3]
+        if self.training or torch.is_grad_enabled():
+            os32 = stage(os16)
+            # The same blocks draw their drop-path masks anew in this second pass.
+            return stage.blocks(resized), os32
+        return two_maps(stage.blocks, resized, stage.downsample(os16))
 
     def project(self, x: Tensor) -> Tensor:
         """CLIP's head on every pixel of a stage-4 map [B, C, h, w]: embeddings [B, D, h, w]."""
@@ -129,6 +138,12 @@ class DenseCLIP(nn.Module):
         if len(distinct) == len(words):
             return rows
         return rows[torch.tensor([distinct[word] for word in words], device=rows.device)]
+
+
+def _use_onednn(trunk: nn.Module) -> None:
+    from errseg.model.onednn_mlp import use_onednn
+
+    use_onednn(trunk)
 
 
 def _build_open_clip(config: ClipConfig) -> Any:
