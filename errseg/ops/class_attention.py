@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from errseg.ops import reference, triton_backend
+from errseg.ops import native, reference, triton_backend
 from errseg.ops.checks import expect, expect_floating, expect_shape
 from errseg.ops.contract import Op
+from errseg.ops.cuda import class_attention as tensor_cores
 from errseg.ops.gated_mlp import LAYER_NORM_EPS, FoldedGatedMLP, GatedMLPParams
 from errseg.ops.precision import at_least_float32, without_autocast
 
@@ -124,6 +125,18 @@ OP.register(
         fake_saved=lambda x, *rest: (_fake(x),),
         shape_only=("x",),
         can_run=_triton_can_run,
+    ),
+)
+OP.register(
+    "cuda",
+    native.cuda_backend(
+        "class_attention",
+        forward=tensor_cores.forward,
+        backward=tensor_cores.backward,
+        saved=tensor_cores.SAVED,
+        fake_saved=tensor_cores.fake_saved,
+        shape_only=tensor_cores.SHAPE_ONLY,
+        can_run=tensor_cores.can_run,
     ),
 )
 

@@ -31,6 +31,12 @@ KERNELS = {
     "depthwise_conv_plain_kernel": 4,
     "depthwise_conv_plain_gather_kernel": 4,
     "depthwise_conv_reduce_kernel": 4,
+    "class_attention_fwd_kernel": 4,  # types, channels
+    "class_attention_bwd_mlp_kernel": 4,
+    "class_attention_bwd_attention_kernel": 4,
+    "class_attention_stream_fwd_kernel": 4,  # types, heads
+    "class_attention_stream_bwd_queries_kernel": 4,
+    "class_attention_stream_bwd_keys_kernel": 4,
     "spatial_attention_fwd_kernel": 8,  # types, channels, heads
     "spatial_attention_bwd_queries_kernel": 8,
     "spatial_attention_bwd_keys_kernel": 4,  # types, heads
@@ -78,6 +84,19 @@ for op in sys.argv[2:]:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"errseg::{op}", "CUDA"), op
 """
 SPATIAL_ATTENTION = [f"spatial_attention_cuda_{n}" for n in ("attend", "attend_bwd", "windows", "pixels", "rows")]
+CLASS_ATTENTION = [
+    f"class_attention_cuda_{name}"
+    for name in (
+        "most_classes",
+        "fwd",
+        "mlp_fwd",
+        "mlp_bwd",
+        "mlp_rows_bwd",
+        "attention_bwd",
+        "stream_fwd",
+        "stream_bwd",
+    )
+]
 
 
 def test_the_library_links_and_loads(kernel_cache: Path) -> None:
@@ -93,7 +112,7 @@ def test_the_library_links_and_loads(kernel_cache: Path) -> None:
         (made,) = folder.glob("errseg_*.so")
         made.replace(library)
     whole = (name for name, op in ops.OPS.items() if "cuda" in op.backends and op.backends["cuda"].forward is None)
-    run("-c", LOADS, str(library), *(f"{name}_cuda" for name in whole), *SPATIAL_ATTENTION)
+    run("-c", LOADS, str(library), *(f"{name}_cuda" for name in whole), *SPATIAL_ATTENTION, *CLASS_ATTENTION)
 
 
 def run(*arguments: str) -> None:

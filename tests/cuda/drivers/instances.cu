@@ -1,4 +1,6 @@
 // Every kernel of the library in every type, without torch: a few seconds of nvcc instead of a minute.
+#include "class_attention/class_attention.cuh"
+#include "class_attention/stream.cuh"
 #include "class_votes/class_votes.cuh"
 #include "cost_volume/cost_volume.cuh"
 #include "depthwise_conv/depthwise_conv.cuh"
@@ -28,6 +30,12 @@ template cudaError_t depthwise_conv::run(const Gathering<half>&, cudaStream_t);
 template cudaError_t depthwise_conv::run(const Gathering<bf16>&, cudaStream_t);
 
 auto* const kept = &class_votes::run;
+
+auto* const kept_classes = &class_attention::forward;
+auto* const kept_classes_bwd_mlp = &class_attention::backward_mlp;
+auto* const kept_classes_bwd = &class_attention::backward_attention;
+auto* const kept_classes_stream = &class_attention::stream_forward;
+auto* const kept_classes_stream_bwd = &class_attention::stream_backward;
 
 auto* const kept_costs = &cost_volume::forward;
 auto* const kept_costs_pixels = &cost_volume::backward_pixels;
