@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from errseg.bench.gate import Trial
 
 Inputs = tuple[Any, ...]
-BUILT_OF_OPS = ("post", "loss", "rrhc", "spatial_block", "class_block", "head", "model", "train")
+BUILT_OF_OPS = (
+    *("post", "loss", "rrhc", "spatial_block", "class_block", "prompts"),
+    *("head", "labels", "model", "train"),
+)
 
 
 class TooLarge(ErrSegError):

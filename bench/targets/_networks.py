@@ -25,7 +25,7 @@ from errseg.testing.samples import map_tensors
 
 OPS = (
     *("class_votes", "select_classes", "cost_volume", "cost_embedding"),
-    *("spatial_attention", "gated_mlp", "depthwise_conv", "class_attention"),
+    *("spatial_attention", "gated_mlp", "depthwise_conv", "class_attention", "upsample_residual"),
 )
 # Share of the pixels whose votes rounding may move.
 MOVED_PIXELS = {torch.float32: 0.005, torch.float16: 0.02, torch.bfloat16: 0.05}

@@ -50,7 +50,7 @@ def _counts(case: Case, itemsize: int, passing: str) -> Counts:
 
 TARGET = Target(
     name="class_block",
-    ops=("class_attention",),
+    ops=("class_attention", "upsample_residual"),
     cases=(EVAL_B, TRAIN),
     quick=SMALL,
     sweeps=tuple(case for case in OVER_CLASSES if case != TRAIN),
