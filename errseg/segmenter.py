@@ -27,6 +27,7 @@ from errseg.settings import (
     check_options,
     check_prompt,
     check_size,
+    default_dtype,
     default_num_selected,
     find_device,
     find_model,
@@ -57,7 +58,7 @@ class Segmenter:
         size: S, the side of the square that the model sees, a multiple of 32; by default the model's.
         prompt: a sentence with {} for the word; by default the model's.
         device: for example "cpu", "cuda", "cuda:1"; by default a GPU if there is one.
-        dtype: torch.float32 (default), torch.bfloat16 or torch.float16.
+        dtype: torch.float32, torch.bfloat16 or torch.float16; by default bfloat16 on GPUs that have it, else float32.
 
     Raises:
         ErrSegError: unknown model, bad weights, no such device, a wrong size, prompt or vocabulary.
@@ -84,7 +85,7 @@ class Segmenter:
         if dtype is not None and dtype not in DTYPES.values():
             raise ErrSegError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype}")
         if dtype is None and isinstance(model, str):
-            dtype = torch.float32
+            dtype = default_dtype(self.device)
         with memory_advice(self.device):
             self.model.to(device=self.device, dtype=dtype).eval()
         self._network: Callable[..., DecoderOutput] = self.model

@@ -26,6 +26,13 @@ def default_num_selected(num_words: int) -> int:
     return next((k for most, k in _NUM_SELECTED if num_words <= most), _MOST_SELECTED)
 
 
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on GPUs that have it, float32 elsewhere."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+        return torch.bfloat16
+    return torch.float32
+
+
 def check_options(
     threshold: float | None, protocol: str | None, batch_size: int | None, workers: int | None = None
 ) -> None:

@@ -37,7 +37,9 @@ def segment(
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("errseg-out"),
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; by default bfloat16 on GPUs that have it.")
+    ] = None,
     size: Annotated[int | None, typer.Option(help="Side of the model's input, a multiple of 32.")] = None,
     num_selected: Annotated[
         int | None, typer.Option(help="Words kept per picture (K); by the number of words.")
@@ -81,7 +83,7 @@ def segment(
     ignored = [] if background is None else _plain_words(background)
     segmenter = build_segmenter(
         model, weights, device=device, dtype=dtype, size=size, prompt=prompt, num_selected=num_selected
-    )
+    ).optimize()
     options = {
         "background": ignored,
         "threshold": threshold,
@@ -117,19 +119,19 @@ def _plain_words(text: str) -> list[str]:
     return Vocabulary(parse_words(text)).words
 
 
-def build_segmenter(model: str, weights: str | None, *, dtype: str = "float32", **settings: Any) -> Segmenter:
+def build_segmenter(model: str, weights: str | None, *, dtype: str | None = None, **settings: Any) -> Segmenter:
     """A Segmenter by the options of a command line; a model without its weights is an error."""
     from errseg.segmenter import Segmenter
     from errseg.settings import DTYPES, PUBLISHED_WEIGHTS
 
-    if dtype not in DTYPES:
+    if dtype is not None and dtype not in DTYPES:
         raise ErrSegError(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     if weights is None and model in ("errseg-b", "errseg-l"):
         raise ErrSegError(
             f"{model} needs --weights: a checkpoint file, or the published ones at Hugging Face "
             f"({PUBLISHED_WEIGHTS}, MIT licence); only errseg-tiny, a toy world, brings its own"
         )
-    return Segmenter(model, weights, dtype=DTYPES[dtype], **settings)
+    return Segmenter(model, weights, dtype=None if dtype is None else DTYPES[dtype], **settings)
 
 
 class _Jobs:

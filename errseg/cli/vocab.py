@@ -55,7 +55,7 @@ def build(
     if target.suffix != ".safetensors" or target == words:
         raise ErrSegError(f"cannot write {target}: a vocabulary is a .safetensors file")
     vocabulary = Vocabulary(iterate_words(words), synonyms=synonyms)
-    segmenter = build_segmenter(model, weights, device=device, prompt=prompt)
+    segmenter = build_segmenter(model, weights, dtype="float32", device=device, prompt=prompt)
     first: list[int] = []
     start = time.perf_counter()
     with show_progress(Console(stderr=True), "words", lines=True) as report:

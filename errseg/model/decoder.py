@@ -17,6 +17,7 @@ from errseg.model.guidance import Guidance
 from errseg.model.published import check_state_dict, decoder_config
 from errseg.model.rrca import RRCA
 from errseg.model.rrhc import RRHC
+from errseg.model.streams import alongside, join
 from errseg.ops.checks import expect, expect_class_ids
 
 UNSELECTED_LOGIT = -100.0
@@ -125,6 +126,7 @@ class Decoder(nn.Module):
         expect(num_selected >= 1, "num_selected >= 1", num_selected)
         if class_ids is not None:
             expect_class_ids(class_ids, features.os16.shape[0])
+        guidance, branch = alongside(features.os16.device, lambda: self.guidance(features))
         embedding, class_ids = self.rrhc(
             features.os16_dense,
             features.os32_dense,
@@ -133,8 +135,9 @@ class Decoder(nn.Module):
             class_ids=class_ids,
             required=required,
         )
-        guidance = self.guidance(features, text_embeddings, class_ids)
-        refined = self.rrca(embedding, guidance.aggregation, guidance.text)
+        text_guidance = self.guidance.of_words(text_embeddings, class_ids)
+        join(branch)
+        refined = self.rrca(embedding, guidance.aggregation, text_guidance)
         return DecoderOutput(self.upsampler(refined, guidance.decoder), class_ids)
 
     def keep_folded(self) -> None:

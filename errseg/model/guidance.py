@@ -15,14 +15,11 @@ CLAMP = 16.0  # range of the taps that guidance reads
 
 
 class GuidanceMaps(NamedTuple):
-    """Guidance of one batch.
-
-    aggregation [B, H, W, C] for the spatial blocks, text [B, K, C] for the class blocks, decoder: one map per
+    """What the pictures of one batch give: aggregation [B, H, W, C] for the spatial blocks; decoder: one map per
     up-decoder step, [B, ., H, W], [B, ., 2H, 2W], [B, ., 4H, 4W].
     """
 
     aggregation: Tensor
-    text: Tensor
     decoder: tuple[Tensor, Tensor, Tensor]
 
 
@@ -57,13 +54,13 @@ class Guidance(nn.Module):
         )
         self.text = nn.Linear(config.text_dim, config.width)
 
-    def forward(self, features: DenseFeatures, text_embeddings: Tensor, class_ids: Tensor) -> GuidanceMaps:
-        """Guidance from the taps, clamped to [-16, 16], and from the rows ``class_ids`` of the words.
-
-        The up-decoder's share of os16 is detached, as published.
-        """
+    def forward(self, features: DenseFeatures) -> GuidanceMaps:
+        """Guidance from the taps, clamped to [-16, 16]. The up-decoder's share of os16 is detached, as published."""
         os4, os8, os16, os32 = (tap.clamp(-CLAMP, CLAMP) for tap in features[:4])
         maps = tuple(F.relu6(conv(tap)) for conv, tap in zip(self.decoder, (os16.detach(), os8, os4), strict=True))
+        return GuidanceMaps(self.aggregation(os16, os32), (maps[0], maps[1], maps[2]))
+
+    def of_words(self, text_embeddings: Tensor, class_ids: Tensor) -> Tensor:
+        """Guidance [B, K, C] for the class blocks, from the rows ``class_ids`` of the words."""
         words = F.normalize(at_least_float32(text_embeddings[class_ids]), dim=-1, eps=1e-12)
-        text = F.gelu(self.text(words.to(self.text.weight.dtype)))
-        return GuidanceMaps(self.aggregation(os16, os32), text, (maps[0], maps[1], maps[2]))
+        return F.gelu(self.text(words.to(self.text.weight.dtype)))
