@@ -2,7 +2,9 @@
 // One object file with several instruction sets: AVX-512, AVX2 and the baseline, chosen when the library is
 // loaded.
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <vector>
 
 #define ERRSEG_INLINE inline __attribute__((always_inline))
 
@@ -54,5 +56,73 @@ ERRSEG_INLINE float exp_nonpositive(float x) {
     std::memcpy(&b, &second, 4);
     return p * a * b;
 }
+
+/// S[kBytes / sizeof(S)], computed with element by element.
+template <typename S, int kBytes>
+struct Vector {
+    typedef S Type __attribute__((vector_size(kBytes), may_alias));
+    static constexpr int kLanes = kBytes / static_cast<int>(sizeof(S));
+};
+
+// ---- Row::run in three instruction sets, for kernels that say how wide their vectors are
+
+template <typename Row, typename... Arguments>
+void baseline(Arguments... arguments) {
+    Row::run(arguments...);
+}
+
+#if defined(__x86_64__) && defined(__GNUC__)
+template <typename Row, typename... Arguments>
+__attribute__((target("avx2,fma"))) void avx2(Arguments... arguments) {
+    Row::run(arguments...);
+}
+
+template <typename Row, typename... Arguments>
+__attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,avx2,fma,prefer-vector-width=512"))) void avx512(
+    Arguments... arguments) {
+    Row::run(arguments...);
+}
+#endif
+
+/// The widest vectors of this processor: 64, 32 or 16 bytes.
+inline int widest_vectors() {
+#if defined(__x86_64__) && defined(__GNUC__)
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw"))
+        return 64;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 32;
+#endif
+    return 16;
+}
+
+/// Those to use: at most ERRSEG_VECTOR_BYTES, so that tests reach what older processors run.
+inline int vector_bytes() {
+    static const int bytes = [] {
+        const char* most = std::getenv("ERRSEG_VECTOR_BYTES");
+        const int widest = widest_vectors();
+        return most && std::atoi(most) < widest ? (std::atoi(most) < 32 ? 16 : 32) : widest;
+    }();
+    return bytes;
+}
+
+inline int64_t divide_up(int64_t a, int64_t b) {
+    return (a + b - 1) / b;
+}
+
+/// Zeros that begin at a cache line.
+template <typename S>
+class Lines {
+  public:
+    explicit Lines(int64_t count) : lines_(divide_up(count, kValues)) {}
+    S* data() { return lines_.empty() ? nullptr : lines_[0].values; }
+    const S* data() const { return lines_.empty() ? nullptr : lines_[0].values; }
+
+  private:
+    static constexpr int64_t kValues = 64 / sizeof(S);
+    struct alignas(64) Line {
+        S values[kValues];
+    };
+    std::vector<Line> lines_;
+};
 
 }  // namespace errseg

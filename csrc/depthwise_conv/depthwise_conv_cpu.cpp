@@ -28,13 +28,6 @@ using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // ---- one row; a panel is a row of pixels with kLanes channels each
 
-/// S[kBytes / sizeof(S)], computed with element by element.
-template <typename S, int kBytes>
-struct Vector {
-    typedef S Type __attribute__((vector_size(kBytes), may_alias));
-    static constexpr int kLanes = kBytes / static_cast<int>(sizeof(S));
-};
-
 /// Pixels [first, first + count) of a row times `scale`, zero where there are none; no row means zeros.
 template <typename T>
 using LoadRow = void (*)(const T* row, int64_t first, int64_t count, int64_t width, int64_t channels,
@@ -186,25 +179,6 @@ struct Gather {
     }
 };
 
-// ---- the same in three instruction sets
-
-template <typename Row, typename... Arguments>
-void baseline(Arguments... arguments) {
-    Row::run(arguments...);
-}
-
-#if defined(__x86_64__) && defined(__GNUC__)
-template <typename Row, typename... Arguments>
-__attribute__((target("avx2,fma"))) void avx2(Arguments... arguments) {
-    Row::run(arguments...);
-}
-
-template <typename Row, typename... Arguments>
-__attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,avx2,fma"))) void avx512(Arguments... arguments) {
-    Row::run(arguments...);
-}
-#endif
-
 template <typename T>
 struct Kernels {
     LoadRow<T> load;
@@ -219,11 +193,10 @@ Kernels<T> choose_kernels() {
     using S = Sum<T>;
     constexpr int size = sizeof(S);
 #if defined(__x86_64__) && defined(__GNUC__)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw"))
+    if (vector_bytes() == 64)
         return {avx512<Load<T, 64 / size>>, avx512<Store<T, 64 / size>>, avx512<Convolve<S, 64, kSize>>,
                 avx512<Gather<S, 64, kSize>>, 64 / size};
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    if (vector_bytes() == 32)
         return {avx2<Load<T, 32 / size>>, avx2<Store<T, 32 / size>>, avx2<Convolve<S, 32, kSize>>,
                 avx2<Gather<S, 32, kSize>>, 32 / size};
 #endif
@@ -232,25 +205,6 @@ Kernels<T> choose_kernels() {
 }
 
 // ---- all rows
-
-int64_t divide_up(int64_t a, int64_t b) {
-    return (a + b - 1) / b;
-}
-
-/// Zeros that begin at a cache line.
-template <typename S>
-class Lines {
-  public:
-    explicit Lines(int64_t count) : lines_(divide_up(count, kValues)) {}
-    S* data() { return lines_.empty() ? nullptr : lines_[0].values; }
-
-  private:
-    static constexpr int64_t kValues = 64 / sizeof(S);
-    struct alignas(64) Line {
-        S values[kValues];
-    };
-    std::vector<Line> lines_;
-};
 
 /// Maps, and the side of the window.
 struct Shape {

@@ -118,6 +118,12 @@ def _triton_can_run(x: Tensor, *rest: object) -> str | None:
 
 
 OP.register(
+    "cpu",
+    native.cpu_backend(
+        "class_attention", trains=True, saved=("pooled",), fake_saved=lambda x, *rest: (_fake(x),), shape_only=("x",)
+    ),
+)
+OP.register(
     "triton",
     triton_backend.backend(
         "class_attention",

@@ -7,10 +7,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from errseg.ops import cpu, reference, triton_backend
+from errseg.ops import native, reference, triton_backend
 from errseg.ops.checks import expect
 from errseg.ops.contract import Op
-from errseg.ops.cpu import gated_mlp as slab_wise
 from errseg.ops.precision import at_least_float32, without_autocast
 
 LAYER_NORM_EPS = 1e-5
@@ -76,7 +75,7 @@ def _triton_can_run(x: Tensor, *rest: object) -> str | None:
     return None if channels <= MAX_TRITON_CHANNELS else f"up to {MAX_TRITON_CHANNELS} channels, got {channels}"
 
 
-OP.register("cpu", cpu.backend(slab_wise))
+OP.register("cpu", native.cpu_backend("gated_mlp", trains=True))
 OP.register("triton", triton_backend.backend("gated_mlp", can_run=_triton_can_run))
 
 

@@ -8,10 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from errseg.ops import cpu, native, reference, triton_backend
+from errseg.ops import native, reference, triton_backend
 from errseg.ops.checks import expect, expect_floating, expect_shape
 from errseg.ops.contract import Op
-from errseg.ops.cpu import spatial_attention as slab_wise
 from errseg.ops.cuda import spatial_attention as tensor_cores
 from errseg.ops.gated_mlp import LAYER_NORM_EPS
 from errseg.ops.precision import at_least_float32, without_autocast
@@ -137,6 +136,17 @@ OP = Op(
     ),
 )
 
+
+def _cpu_fake_saved(x: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    """The heads' mixture of values and log sums of the scores, for pixels window by window."""
+    num_heads = rest[-2]
+    assert isinstance(num_heads, int)
+    batch, num_classes, height, width, channels = x.shape
+    mixture = x.new_empty(batch, num_classes, height * width, channels)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return mixture, x.new_empty(batch, num_classes, num_heads, height * width, dtype=dtype)
+
+
 TRITON_MAX_CHANNELS = 256
 TRITON_MAX_HEAD_WIDTH = 64
 
@@ -166,7 +176,10 @@ def _triton_fake_saved(x: Tensor, *rest: object) -> tuple[Tensor, ...]:
     return torch.empty_like(x, memory_format=torch.contiguous_format), log_sums, key, torch.empty_like(key)
 
 
-OP.register("cpu", cpu.backend(slab_wise, saved=slab_wise.SAVED, fake_saved=slab_wise.fake_saved))
+OP.register(
+    "cpu",
+    native.cpu_backend("spatial_attention", trains=True, saved=("mixture", "log_sums"), fake_saved=_cpu_fake_saved),
+)
 OP.register(
     "triton",
     triton_backend.backend(
