@@ -19,7 +19,7 @@ from typer.core import TyperGroup
 import errseg
 from errseg.errors import ErrSegError
 
-COMMANDS = ("segment", "demo", "eval", "info", "verify", "bench")
+COMMANDS = ("segment", "demo", "train", "eval", "info", "verify", "bench")
 GROUPS = ("data", "vocab")
 
 USAGE_EXIT = 2

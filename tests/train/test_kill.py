@@ -1,0 +1,23 @@
+"""kill -9 at random moments loses nothing before the last checkpoint; ERRSEG_KILLS=20 does it 20 times."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_killed_trainings_end_with_the_same_weights() -> None:
+    kills = os.environ.get("ERRSEG_KILLS", "2")
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("kill.py")), "--kills", kills, "--seed", "1"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60 + 30 * int(kills),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1].startswith(f"{kills} kills, ")
