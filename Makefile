@@ -45,8 +45,8 @@ $(BIN)/python:
 
 # Editable, so that what runs is the checkout; one install per goal, repeated only when these files change.
 $(VENV)/demo.stamp: EXTRAS = train
-$(VENV)/test.stamp: EXTRAS = test,train,bench,data,eval
-$(VENV)/lint.stamp: EXTRAS = test,train,bench,data,eval,dev
+$(VENV)/test.stamp: EXTRAS = test,train,bench,data,eval,ray
+$(VENV)/lint.stamp: EXTRAS = test,train,bench,data,eval,ray,dev
 $(VENV)/demo.stamp $(VENV)/test.stamp $(VENV)/lint.stamp: $(SETUP_FILES) | $(BIN)/python
 	$(INSTALL) --editable ".[$(EXTRAS)]"
 	@touch $@

@@ -51,9 +51,9 @@ def eval(
     from errseg.cli.progress import show_progress
     from errseg.configs import find_config, load_config
     from errseg.configs.schema import EvalConfig
-    from errseg.eval.processes import joined
     from errseg.eval.report import write
     from errseg.eval.runner import evaluate
+    from errseg.scale.processes import joined
 
     path = find_config(config, "eval")
     given = {"model.weights": weights, "data.root": root, "eval.device": device, "eval.out": out}

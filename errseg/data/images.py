@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import io
 import struct
 import threading
 import warnings
@@ -10,7 +11,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -49,14 +50,17 @@ def read_image(source: Any, name: str | None = None) -> Image.Image:
     palette and CMYK ones converted; the EXIF orientation is applied; of several frames the first counts.
 
     Args:
-        source: a path, a PIL image, or uint8 [H, W, 3] as an array or tensor ([3, H, W] too for a tensor).
+        source: a path, an open binary file (io.BytesIO), a PIL image, or uint8 [H, W, 3] as an array or tensor
+            ([3, H, W] too for a tensor).
         name: what to call it in errors; by default its path or kind.
 
     Raises:
         ErrSegError: naming the source, when it cannot be read or is not such a picture.
     """
     if isinstance(source, str | PathLike):
-        return _read_file(Path(fspath(source)), name or fspath(source))
+        return _read_path(Path(fspath(source)), name or fspath(source))
+    if isinstance(source, io.IOBase):
+        return _read_file(cast("IO[bytes]", source), name or "the open file")
     if isinstance(source, Image.Image):
         return _decode(source, name or "the PIL image")
     if isinstance(source, np.ndarray) or type(source).__module__.startswith("torch"):
@@ -66,14 +70,18 @@ def read_image(source: Any, name: str | None = None) -> Image.Image:
     )
 
 
-def _read_file(path: Path, name: str) -> Image.Image:
+def _read_path(path: Path, name: str) -> Image.Image:
     if not path.exists():
         raise ErrSegError(f"{name}: no such file")
     if path.is_dir():
         raise ErrSegError(f"{name}: is a folder, not a picture")
+    return _read_file(path, name)
+
+
+def _read_file(file: Path | IO[bytes], name: str) -> Image.Image:
     try:
         # Pillow warns of odd tags and of its pixel limit, and raises beyond twice that: the line drawn here.
-        with _quiet_pillow, Image.open(path) as image:
+        with _quiet_pillow, Image.open(file) as image:
             return _decode(image, name)
     except UnidentifiedImageError as error:
         raise ErrSegError(f"{name}: not a picture that Pillow can read") from error

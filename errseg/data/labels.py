@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -76,11 +77,27 @@ def save_labels(labels: Any, path: str | PathLike[str], num_words: int, colors: 
     Raises:
         ErrSegError: another suffix, or the file cannot be written.
     """
-    values = np.asarray(labels)
     target = Path(path)
     if target.suffix.lower() not in (".png", ".tif", ".tiff"):
         raise ErrSegError(f"cannot write {target}: label maps are .png or .tif files")
     target = target.with_suffix(label_suffix(num_words))
+    image, options = _label_image(labels, num_words, colors)
+    save_image(image, target, **options)
+    return target
+
+
+def encode_labels(labels: Any, num_words: int, colors: UInt8Array | None = None) -> bytes:
+    """Return the bytes of the file that `save_labels` writes; arguments as there."""
+    image, options = _label_image(labels, num_words, colors)
+    kind = Image.registered_extensions()[label_suffix(num_words)]
+    stream = io.BytesIO()
+    image.save(stream, format=kind, **options)
+    return stream.getvalue()
+
+
+def _label_image(labels: Any, num_words: int, colors: UInt8Array | None) -> tuple[Image.Image, dict[str, Any]]:
+    """A label map as an image, and how to save it."""
+    values = np.asarray(labels)
     unknown = values < 0
     if num_words <= PALETTE_WORDS:
         image = Image.fromarray(np.where(unknown, UNKNOWN_PALETTE, values).astype(np.uint8))
@@ -88,22 +105,20 @@ def save_labels(labels: Any, path: str | PathLike[str], num_words: int, colors: 
         if colors is not None:
             table[:num_words] = colors[:num_words]
         image.putpalette(table.tobytes())
-        save_image(image, target)
-    elif num_words <= SHORT_WORDS:
-        save_image(Image.fromarray(np.where(unknown, UNKNOWN_SHORT, values).astype(np.uint16)), target)
-    else:
-        image = Image.fromarray(np.where(unknown, UNKNOWN_LONG, values).astype(np.int32))
-        save_image(image, target, compression="tiff_adobe_deflate")
-    return target
+        return image, {}
+    if num_words <= SHORT_WORDS:
+        return Image.fromarray(np.where(unknown, UNKNOWN_SHORT, values).astype(np.uint16)), {}
+    image = Image.fromarray(np.where(unknown, UNKNOWN_LONG, values).astype(np.int32))
+    return image, {"compression": "tiff_adobe_deflate"}
 
 
-def load_labels(path: str | PathLike[str]) -> Int32Array:
-    """Read a label map written by `save_labels`: [H, W] int32, -1 = unknown."""
+def load_labels(path: str | PathLike[str] | IO[bytes]) -> Int32Array:
+    """Read a label map of `save_labels` or, from an open file, `encode_labels`: [H, W] int32, -1 = unknown."""
     with Image.open(path) as image:
-        mode = image.mode
+        mode, kind = image.mode, image.format
         values = np.asarray(image).astype(np.int32)
     unknown = {"P": UNKNOWN_PALETTE, "I;16": UNKNOWN_SHORT, "I": UNKNOWN_LONG}
-    if mode == "I" and Path(path).suffix.lower() == ".png":  # older Pillow opens 16-bit PNG files so
+    if mode == "I" and kind == "PNG":  # older Pillow opens 16-bit PNG files so
         mode = "I;16"
     if mode not in unknown:
         raise ErrSegError(f"{path}: not a label map (pixels of kind {mode})")

@@ -23,7 +23,7 @@ from errseg.data.overlay import palette
 from errseg.errors import ErrSegError
 from errseg.eval.metrics import Metrics
 from errseg.eval.parts import Part, joined_parts, load_part, next_run, part_files, part_path
-from errseg.eval.processes import Processes
+from errseg.scale.processes import Processes
 from errseg.settings import DTYPES, PUBLISHED_WEIGHTS
 
 if TYPE_CHECKING:
@@ -64,16 +64,13 @@ def build_segmenter(config: EvalConfig, processes: Processes) -> Segmenter:
         raise ErrSegError(f"model: {model.name} needs weights: a checkpoint, or the published {PUBLISHED_WEIGHTS}")
     if config.eval.dtype not in DTYPES:
         raise ErrSegError(f"eval: dtype: expected one of {', '.join(DTYPES)}, got {config.eval.dtype!r}")
-    device = config.eval.device
-    if device in (None, "cuda") and torch.cuda.is_available():
-        device = f"cuda:{processes.local_rank}"
     return Segmenter(
         model.name,
         model.weights,
         size=model.size,
         num_selected=model.num_selected,
         prompt=model.prompt,
-        device=device,
+        device=processes.device(config.eval.device),
         dtype=DTYPES[config.eval.dtype],
     )
 
