@@ -22,6 +22,7 @@ from errseg.ops.checks import expect, expect_class_ids
 
 UNSELECTED_LOGIT = -100.0
 GROUP_CHANNELS = 8  # of every GroupNorm in the up-decoder
+CLASSES_AT_ONCE = 8  # through the up-decoder, in inference on a CPU: its maps are the largest of all
 
 
 class DecoderOutput(NamedTuple):
@@ -78,6 +79,11 @@ class Upsampler(nn.Module):
 
     def forward(self, x: Tensor, guidance: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """Logits from the refined embedding and one guidance map per step."""
+        if x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return torch.cat([self._upsample(part, guidance) for part in x.split(CLASSES_AT_ONCE, dim=1)], dim=1)
+        return self._upsample(x, guidance)
+
+    def _upsample(self, x: Tensor, guidance: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         batch_and_classes = x.shape[:2]
         maps = x.flatten(0, 1).permute(0, 3, 1, 2)  # channels last in memory
         for step, step_guidance in zip(self.steps, guidance, strict=True):

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from errseg.model.channels_last import conv_norm_relu, double_size, one_channel
+from errseg.model.decoder import CLASSES_AT_ONCE, Upsampler
 from errseg.testing import assert_close
 from errseg.testing.compare import rms_error
+from errseg.testing.inputs import SMALL_DECODER
+from errseg.testing.memory import assert_no_allocation_larger_than
 
 
 class ConvNorm(nn.Module):
@@ -86,3 +89,17 @@ def test_large_maps_are_as_exact_as_the_module_on_contiguous_ones(mean: int) -> 
     mine = answers(layer, fused, x.contiguous(memory_format=torch.channels_last))
     for got, theirs, truth in zip(mine, answers(layer, plainly, x), truths, strict=True):
         assert rms_error(got, truth) < 3 * rms_error(theirs, truth)
+
+
+def test_classes_go_through_the_up_decoder_few_at_a_time() -> None:
+    """In inference; the largest map is one of a few classes, and the logits are those of all at once."""
+    torch.manual_seed(0)
+    upsampler = Upsampler(SMALL_DECODER)
+    classes = 2 * CLASSES_AT_ONCE + 3
+    x = torch.randn(2, classes, 4, 6, SMALL_DECODER.width)
+    widths = SMALL_DECODER.decoder_guidance
+    guidance = tuple(torch.randn(2, width, 4 << i, 6 << i) for i, width in enumerate(widths))
+    whole = upsampler(x, guidance)
+    largest = 4 * 2 * CLASSES_AT_ONCE * 16 * 24 * max(SMALL_DECODER.decoder_dims)
+    with torch.no_grad(), assert_no_allocation_larger_than(largest):
+        assert_close(upsampler(x, guidance), whole, 1e-6)
