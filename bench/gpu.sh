@@ -148,13 +148,13 @@ stage_3() {
 stage_4() {
     step bench-blocks bench rrhc spatial_block class_block --dtype float32,bfloat16,autocast-bfloat16
     step bench-blocks-sweep bench rrhc spatial_block class_block --dtype bfloat16 --sweep
-    step bench-head bench head --dtype float32,bfloat16,autocast-float16
-    step bench-head-sweep bench head --dtype bfloat16 --sweep
+    step bench-head bench head labels --dtype float32,bfloat16,autocast-float16
+    step bench-head-sweep bench head labels --dtype bfloat16 --sweep
     step bench-post bench post --dtype float32,bfloat16 --sweep
     step bench-loss bench loss --dtype float32,autocast-float16 --sweep
 }
 stage_5() { step bench-model bench model --dtype float32,bfloat16; }
-stage_6() { step bench-train bench train --dtype float32,autocast-float16; }
+stage_6() { step bench-train bench train prompts --dtype float32,autocast-float16; }
 stage_7() {
     step memcheck sanitizer memcheck
     step racecheck sanitizer racecheck
