@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,9 +25,12 @@ from errseg.kernels import _class_attention_stream as stream
 from errseg.kernels import _class_attention_tile as tile
 from errseg.kernels import gated_mlp
 from errseg.kernels.common import LANGUAGE_DTYPE, Config
+from errseg.ops.class_slabs import Attention, AttentionSums, Order, Streamed, cells, empty_gradient, spread
+from errseg.ops.slabs import parts
 
 EPS = 1e-5  # of the published norms: what is checked ahead of time
 SLAB_BYTES = 128 << 20
+ORDER = Order(query=0, key=1, value=2)
 
 
 class _Shape(NamedTuple):
@@ -136,30 +138,11 @@ for _channels in (64, 256):
     CONFIGS |= _configs(_Shape(torch.bfloat16, _channels, 4, 3 * _channels, EPS))
 
 
-class _Attention(NamedTuple):
-    """Arguments of the attention: contiguous, masks in their dtype."""
-
-    query_text: Tensor  # [B, K, C]
-    key_text: Tensor  # [B, K, C]
-    query_weight: Tensor  # [C, C]
-    key_weight: Tensor  # [C, C]
-    value_weight: Tensor  # [C, C]
-    value_bias: Tensor  # [C]
-    out_weight: Tensor  # [C, C]
-    out_bias: Tensor  # [C]
-    drop: Tensor | None  # [B, h, w]
-
-    @property
-    def in_weight(self) -> Tensor:
-        """Of query, key and value: [3 C, C]."""
-        return torch.cat((self.query_weight, self.key_weight, self.value_weight))
-
-
 class _Call(NamedTuple):
     """The raw op's arguments behind ``x``, sorted."""
 
     shape: _Shape
-    attention: _Attention
+    attention: Attention
     mlp: list[Tensor]
     drop_mlp: Tensor | None
 
@@ -169,7 +152,31 @@ class _Call(NamedTuple):
         tensors = [t.contiguous() for t in (query_text, *tensors)]
         shape = _Shape(query_text.dtype, query_text.shape[-1], num_heads, tensors[8].shape[0], eps)
         masks = [None if m is None else m.to(query_text.dtype).contiguous() for m in (drop_attention, drop_mlp)]
-        return cls(shape, _Attention(*tensors[:8], masks[0]), tensors[8:], masks[1])
+        return cls(shape, Attention(*tensors[:8], masks[0]), tensors[8:], masks[1])
+
+    @property
+    def streamed(self) -> Streamed:
+        """The attention with too many classes for a tile."""
+
+        def attend(heads: Tensor) -> tuple[Tensor, Tensor]:
+            num_pixels, num_classes, _, channels = heads.shape
+            mixture = heads.new_empty((num_pixels, num_classes, channels))
+            log_sums = heads.new_empty((num_pixels, self.shape.heads, num_classes), dtype=self.shape.statistics)
+            launch("fwd", heads, mixture, log_sums)
+            return mixture, log_sums
+
+        def attend_bwd(heads: Tensor, mixture: Tensor, log_sums: Tensor, mixture_grad: Tensor) -> Tensor:
+            deltas, heads_grad = torch.empty_like(log_sums), torch.empty_like(heads)
+            launch("queries bwd", heads, mixture, mixture_grad, log_sums, deltas, heads_grad)
+            launch("keys bwd", heads, mixture_grad, log_sums, deltas, heads_grad)
+            return heads_grad
+
+        def launch(which: str, heads: Tensor, *tensors: Tensor) -> None:
+            config, (num_pixels, num_classes, *_) = _stream(self.shape, which), heads.shape
+            grid = num_pixels * triton.cdiv(num_classes, config.constants["TILE"]), self.shape.heads
+            config.launch(grid, heads, *tensors, num_classes)
+
+        return Streamed(self.attention, self.shape.eps, ORDER, SLAB_BYTES, attend, attend_bwd)
 
 
 def forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -183,8 +190,8 @@ def forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     elif num_classes <= _fwd(call.shape, True).constants["ROWS"]:
         out = _tile_forward(call, x.contiguous(), pooled, pool=True)
     else:
-        pooled.copy_(_cells(x).mean((3, 5)))
-        out = _stream_sum(call, pooled)
+        pooled.copy_(cells(x).mean((3, 5)))
+        out = call.streamed.sum(pooled)
         change = gated_mlp.forward(out, *call.mlp, call.shape.eps).clamp_(0, 6)
         out += _masked(change, call.drop_mlp)
     return out, pooled if training else x.new_empty(0)
@@ -200,7 +207,7 @@ def backward(grad: Tensor, x: Tensor, *arguments: Any) -> list[Tensor]:
     if pooled.shape[1] <= _fwd(call.shape, False).constants["ROWS"]:
         u = _tile_forward(call, pooled, pooled, pool=False)
     else:
-        u = _stream_sum(call, pooled)
+        u = call.streamed.sum(pooled)
     change = gated_mlp.forward(u, *call.mlp, call.shape.eps)
     change_grad = torch.ops.aten.hardtanh_backward(_masked(grad, call.drop_mlp), change, 0.0, 6.0)
     wants_attention = any(needed[:9])
@@ -210,9 +217,12 @@ def backward(grad: Tensor, x: Tensor, *arguments: Any) -> list[Tensor]:
     if not wants_attention:
         return [x.new_empty(0)] * 9 + mlp_grads
     u_grad += grad
-    sums = _Sums(call, pooled.shape[0], needed)
-    in_a_tile = pooled.shape[1] <= _bwd(call.shape).constants["ROWS"]
-    x_grad = (_tile_backward if in_a_tile else _stream_backward)(call, u_grad, x, pooled, sums, needed[0])
+    sums = AttentionSums(call.attention.query_text, needed, ORDER)
+    if pooled.shape[1] <= _bwd(call.shape).constants["ROWS"]:
+        x_grad = _tile_backward(call, u_grad, x, pooled, sums, needed[0])
+    else:
+        call.streamed.add_gradients(u_grad, pooled, sums, needed[0])
+        x_grad = spread(u_grad, x, needed[0])
     return [x_grad, *(g.to(x.dtype, copy=True) for g in sums.gradients()), *mlp_grads]
 
 
@@ -227,15 +237,15 @@ def _tile_forward(call: _Call, source: Tensor, pooled: Tensor, *, pool: bool) ->
     return out
 
 
-def _tile_backward(call: _Call, grad: Tensor, x: Tensor, pooled: Tensor, sums: _Sums, wants_x: bool) -> Tensor:
+def _tile_backward(call: _Call, grad: Tensor, x: Tensor, pooled: Tensor, sums: AttentionSums, wants_x: bool) -> Tensor:
     """The gradient of ``x``, and its share of the sums, from that of the sum of pooled map and attention."""
     batch, num_classes, height, width, channels = pooled.shape
-    x_grad = _empty_gradient(x, wants_x)
+    x_grad = empty_gradient(x, wants_x)
     config = _bwd(call.shape)
     query_text, key_text, *weights = call.attention[:7]
     drop = call.attention.drop
-    row_bytes = 6 * channels * x.element_size()
-    for images, first, pixels in _parts(batch, height * width, num_classes * row_bytes):
+    pixel_bytes = num_classes * 6 * channels * x.element_size()
+    for images, first, pixels in parts(batch, height * width, pixel_bytes, SLAB_BYTES):
         count = images.stop - images.start
         operands = x.new_empty((count, pixels, num_classes, 6, channels))
         per_image = (t if t is None else t[images] for t in (grad, pooled, query_text, key_text))
@@ -254,163 +264,10 @@ def _tile_backward(call: _Call, grad: Tensor, x: Tensor, pooled: Tensor, sums: _
     return x_grad
 
 
-class _Heads(NamedTuple):
-    """Some pixels of an image, one after the other, with all of their classes."""
-
-    z: Tensor  # [N, K, C]
-    mean: Tensor
-    inverse: Tensor
-    heads: Tensor  # [N, K, 3, C]: query, key and value
-    mixture: Tensor  # [N, K, C]
-    log_sums: Tensor  # [N, heads, K]
-
-    @classmethod
-    def of(cls, call: _Call, image: int, rows: Tensor, in_weight: Tensor) -> _Heads:
-        num_pixels, num_classes, channels = rows.shape
-        z, mean, inverse = torch.native_layer_norm(rows, [channels], None, None, call.shape.eps)
-        text = call.attention.query_text[image], call.attention.key_text[image]
-        added = torch.stack((*text, call.attention.value_bias.expand_as(text[0])), 1)  # [K, 3, C]
-        heads = (z.flatten(0, 1) @ in_weight.T).view(num_pixels, *added.shape).add_(added)
-        mixture = torch.empty_like(z)
-        log_sums = z.new_empty((num_pixels, call.shape.heads, num_classes), dtype=call.shape.statistics)
-        _launch_stream(call, "fwd", rows, heads, mixture, log_sums)
-        return cls(z, mean, inverse, heads, mixture, log_sums)
-
-
-def _launch_stream(call: _Call, which: str, rows: Tensor, *tensors: Tensor) -> None:
-    config, (num_pixels, num_classes, _) = _stream(call.shape, which), rows.shape
-    grid = num_pixels * triton.cdiv(num_classes, config.constants["TILE"]), call.shape.heads
-    config.launch(grid, *tensors, num_classes)
-
-
-def _stream_sum(call: _Call, pooled: Tensor) -> Tensor:
-    """The pooled map and its attention."""
-    u, in_weight = torch.empty_like(pooled), call.attention.in_weight
-    for image, pixels, rows in _rows(pooled):
-        heads = _Heads.of(call, image, rows, in_weight)
-        change = torch.nn.functional.linear(heads.mixture, call.attention.out_weight, call.attention.out_bias)
-        u[image].flatten(1, 2)[:, pixels] = (rows + _masked_rows(change, call, image, pixels)).transpose(0, 1)
-    return u
-
-
-def _stream_backward(call: _Call, grad: Tensor, x: Tensor, pooled: Tensor, sums: _Sums, wants_x: bool) -> Tensor:
-    """As :func:`_tile_backward`, for any number of classes."""
-    in_weight = call.attention.in_weight
-    pooled_grad = torch.empty_like(pooled) if wants_x else None
-    for image, pixels, rows in _rows(pooled):
-        heads = _Heads.of(call, image, rows, in_weight)
-        rows_grad = grad[image].flatten(1, 2)[:, pixels].transpose(0, 1).contiguous()
-        branch = _masked_rows(rows_grad, call, image, pixels)
-        mixture_grad = branch @ call.attention.out_weight
-        deltas, gradients = torch.empty_like(heads.log_sums), torch.empty_like(heads.heads)
-        shared = heads.heads, heads.mixture, mixture_grad, heads.log_sums, deltas, gradients
-        _launch_stream(call, "queries bwd", rows, *shared)
-        _launch_stream(call, "keys bwd", rows, heads.heads, mixture_grad, heads.log_sums, deltas, gradients)
-        z, branch, mixture = (t.flatten(0, 1) for t in (heads.z, branch, heads.mixture))
-        sums.add(slice(image, image + 1), z, branch, mixture, gradients[None])
-        if pooled_grad is not None:
-            z_grad = (gradients.view(-1, in_weight.shape[0]) @ in_weight).view_as(rows)
-            z_grad = torch.ops.aten.native_layer_norm_backward(
-                z_grad, rows, rows.shape[2:], heads.mean, heads.inverse, None, None, [True, False, False]
-            )[0]
-            pooled_grad[image].flatten(1, 2)[:, pixels] = (rows_grad + z_grad).transpose(0, 1)
-    x_grad = _empty_gradient(x, wants_x)
-    if pooled_grad is not None:
-        _cells(x_grad).copy_((pooled_grad / 4)[:, :, :, None, :, None])
-    return x_grad
-
-
-class _Sums:
-    """Sums over all pixels, in float32 or better and in a fixed order; unwanted ones are empty."""
-
-    def __init__(self, call: _Call, batch: int, needed: Sequence[bool]) -> None:
-        text, channels = call.attention.query_text, call.shape.channels
-        self.dtype = call.shape.statistics
-        self.wants_heads = any((needed[1], needed[2], needed[6]))  # the texts and the bias of the values
-        self.wants_in, self.wants_out, self.wants_bias = any(needed[3:6]), needed[7], needed[8]
-
-        def zeros(wanted: bool, *shape: int) -> Tensor:
-            return text.new_zeros(shape if wanted else 0, dtype=self.dtype)
-
-        self.heads = zeros(self.wants_heads, *text.shape[:2], 3, channels)
-        self.in_weight = zeros(self.wants_in, 3 * channels, channels)
-        self.out_weight = zeros(self.wants_out, channels, channels)
-        self.out_bias = zeros(self.wants_bias, channels)
-
-    def add(self, images: slice, z: Tensor, branch: Tensor, mixture: Tensor, gradients: Tensor) -> None:
-        """The share of some pixels: [N, C] three times, [images, pixels, K, 3, C]."""
-        if self.wants_heads:
-            self.heads[images] += gradients.sum(1, dtype=self.dtype)
-        if self.wants_in:
-            _add_product(self.in_weight, gradients.flatten(0, 2).flatten(1), z)
-        if self.wants_out:
-            _add_product(self.out_weight, branch, mixture)
-        if self.wants_bias:
-            self.out_bias += branch.sum(0, dtype=self.dtype)
-
-    def gradients(self) -> list[Tensor]:
-        """Of the texts, the four weights and two biases, in the order of the arguments."""
-        empty = self.heads.new_empty(0)
-        query, key, value = self.heads.unbind(2) if self.wants_heads else (empty,) * 3
-        weights = self.in_weight.chunk(3) if self.wants_in else (empty,) * 3
-        value_bias = value.sum((0, 1)) if self.wants_heads else empty
-        return [query, key, *weights, value_bias, self.out_weight, self.out_bias]
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """``total += left^T right``, summed in the dtype of ``total``."""
-    if left.dtype == total.dtype:
-        total.addmm_(left.T, right)
-    elif left.is_cuda:
-        total += torch.mm(left.T, right, out_dtype=total.dtype)
-    else:  # interpreted
-        total.addmm_(left.T.to(total.dtype), right.to(total.dtype))
-
-
 def _sides(x: Tensor) -> tuple[int, int]:
     """Pixels of a map, and of its lines."""
     return x.shape[2] * x.shape[3], x.shape[3]
 
 
-def _cells(x: Tensor) -> Tensor:
-    """The 2 x 2 pixels of each pooled one: [B, K, h, 2, w, 2, C]."""
-    height, width = x.shape[2] // 2, x.shape[3] // 2
-    return x[:, :, : 2 * height, : 2 * width].unflatten(3, (width, 2)).unflatten(2, (height, 2))
-
-
-def _empty_gradient(x: Tensor, wanted: bool) -> Tensor:
-    """Of ``x``; zero where an odd last row or column is left out."""
-    if not wanted:
-        return x.new_empty(0)
-    odd = x.shape[2] % 2 or x.shape[3] % 2
-    return x.new_zeros(x.shape) if odd else x.new_empty(x.shape)
-
-
-def _parts(batch: int, num_pixels: int, pixel_bytes: int) -> Iterator[tuple[slice, int, int]]:
-    """Images, first pixel and number of pixels of slabs: several images, or a part of one."""
-    pixels = max(1, SLAB_BYTES // pixel_bytes)
-    images = max(1, pixels // num_pixels)
-    for image in range(0, batch, images):
-        for first in range(0, num_pixels, pixels):
-            yield slice(image, min(image + images, batch)), first, min(pixels, num_pixels - first)
-
-
-def _rows(pooled: Tensor) -> Iterator[tuple[int, slice, Tensor]]:
-    """Slabs of a pooled map pixel by pixel, with image and pixels: [N, K, C]."""
-    batch, num_classes, height, width, channels = pooled.shape
-    # Input, z, its gradient, gradient of the sum, branch, mixture and its gradient, heads and their gradients.
-    pixel_bytes = num_classes * 13 * channels * pooled.element_size()
-    pixels = max(1, SLAB_BYTES // pixel_bytes)
-    for image in range(batch):
-        for first in range(0, height * width, pixels):
-            part = slice(first, min(first + pixels, height * width))
-            yield image, part, pooled[image].flatten(1, 2)[:, part].transpose(0, 1).contiguous()
-
-
 def _masked(branch: Tensor, mask: Tensor | None) -> Tensor:
     return branch if mask is None else branch * mask[:, None, :, :, None]
-
-
-def _masked_rows(branch: Tensor, call: _Call, image: int, pixels: slice) -> Tensor:
-    drop = call.attention.drop
-    return branch if drop is None else branch * drop[image].flatten()[pixels, None, None]

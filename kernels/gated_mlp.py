@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from errseg.kernels.common import LANGUAGE_DTYPE, Config
+from errseg.ops.slabs import add_product
 
 SLAB_BYTES = 128 << 20  # of normalised tokens, hidden units and their gradients, alive at a time in the backward pass
 
@@ -320,11 +321,11 @@ class _WeightGradients:
     def add(self, grad: Tensor, normalized: Tensor, gates: Tensor, units: Tensor) -> None:
         """The share of a slab: [N, C], [N, C], [N, 2 M], [N, M]."""
         if self.wants_weights:
-            _add_product(self.in_weights.flatten(0, 1), gates, normalized)
+            add_product(self.in_weights.flatten(0, 1), gates, normalized)
         if self.wants_biases:
             self.in_biases += gates.sum(0, dtype=self.dtype).view(2, -1)
         if self.wants_units:
-            _add_product(self.out_weight, grad, units)
+            add_product(self.out_weight, grad, units)
 
     def unpadded(self, num_hidden: int) -> list[Tensor]:
         """Of gate and value, each weight and bias, and of the output's weight, for the units that there are."""
@@ -354,13 +355,3 @@ def _slab(num_tokens: int, row_bytes: int, block: int) -> int:
     blocks = max(1, triton.cdiv(num_tokens, block))
     slabs = triton.cdiv(blocks, max(1, SLAB_BYTES // (row_bytes * block)))
     return triton.cdiv(blocks, slabs) * block
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """``total += left^T right``, summed in the dtype of ``total``."""
-    if left.dtype == total.dtype:
-        total.addmm_(left.T, right)
-    elif left.is_cuda:
-        total += torch.mm(left.T, right, out_dtype=total.dtype)
-    else:  # interpreted
-        total.addmm_(left.T.to(total.dtype), right.to(total.dtype))

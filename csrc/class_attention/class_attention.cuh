@@ -11,12 +11,13 @@
 
 #include <algorithm>
 
-#include "class_attention/heads.cuh"
+#include "common/heads.cuh"
 
 namespace errseg::class_attention {
 
 constexpr int kKeyStep = 16;  // keys or queries at a time
-constexpr int kMaxChannels = 256, kMaxHeadWidth = 64;
+
+enum Of { kKey, kValue, kQuery, kMixtureGrad };  // arrays of a head, in the order they are made
 
 struct Problem {
     errseg::Number type;
@@ -236,21 +237,21 @@ struct Rows {
         __syncwarp();
     }
     __device__ __forceinline__ void load(T* tile, const void* maps) const {
-        load_rows(tile, maps, p.channels, [&](int row) { return int64_t(place(row)); });
+        gather(tile, maps, p.channels, [&](int row) { return int64_t(place(row)); });
     }
     __device__ __forceinline__ void store(const T* tile, void* maps) const {
-        store_rows(tile, maps, [&](int row) { return int64_t(place(row)); });
+        scatter(tile, maps, [&](int row) { return int64_t(place(row)); });
     }
     // The same from and to rows of the launch.
     __device__ __forceinline__ void load_own(T* tile, const void* rows, int stride) const {
-        load_rows(tile, rows, stride, [&](int row) { return place(row) < 0 ? int64_t(-1) : own_row + row; });
+        gather(tile, rows, stride, [&](int row) { return place(row) < 0 ? int64_t(-1) : own_row + row; });
     }
     __device__ __forceinline__ void store_own(const T* tile, void* rows) const {
-        store_rows(tile, rows, [&](int row) { return place(row) < 0 ? int64_t(-1) : own_row + row; });
+        scatter(tile, rows, [&](int row) { return place(row) < 0 ? int64_t(-1) : own_row + row; });
     }
     // Each row to its four pixels.
     __device__ __forceinline__ void store_cells(const T* tile, void* x, int in_height, int in_width) const {
-        copy_rows([&](int row, int column) {
+        for_eights<kRowLanes>([&](int row, int column) {
             const int at = place(row);
             if (at < 0 || column >= p.channels) return;
             const uint4 numbers = *reinterpret_cast<const uint4*>(tile + row * p.pitch() + column);
@@ -276,36 +277,14 @@ struct Rows {
     }
 
   private:
-    // Eight columns of each row to a thread: body(row, column).
-    template <typename Body>
-    __device__ __forceinline__ void copy_rows(const Body& body) const {
-        const int lane = threadIdx.x % kWarpSize;
-        __syncwarp();
-#pragma unroll 2
-        for (int row = 0; row < kRows; row += kWarpSize / kRowLanes)
-            body(row + lane / kRowLanes, lane % kRowLanes * 8);
-        __syncwarp();
+    template <typename Place>
+    __device__ __forceinline__ void gather(T* tile, const void* rows, int stride,
+                                           const Place& place_of) const {
+        gather_rows<kRowLanes>(tile, p.pitch(), p.channels, static_cast<const T*>(rows), stride, place_of);
     }
     template <typename Place>
-    __device__ __forceinline__ void load_rows(T* tile, const void* rows, int stride,
-                                              const Place& place_of) const {
-        copy_rows([&](int row, int column) {
-            const int64_t at = place_of(row);
-            if (column < p.channels)
-                *reinterpret_cast<uint4*>(tile + row * p.pitch() + column) =
-                    at < 0
-                        ? uint4{}
-                        : *reinterpret_cast<const uint4*>(static_cast<const T*>(rows) + at * stride + column);
-        });
-    }
-    template <typename Place>
-    __device__ __forceinline__ void store_rows(const T* tile, void* rows, const Place& place_of) const {
-        copy_rows([&](int row, int column) {
-            const int64_t at = place_of(row);
-            if (column < p.channels && at >= 0)
-                *reinterpret_cast<uint4*>(static_cast<T*>(rows) + at * p.channels + column) =
-                    *reinterpret_cast<const uint4*>(tile + row * p.pitch() + column);
-        });
+    __device__ __forceinline__ void scatter(const T* tile, void* rows, const Place& place_of) const {
+        scatter_rows<kRowLanes>(tile, p.pitch(), p.channels, static_cast<T*>(rows), p.channels, place_of);
     }
 };
 
@@ -875,9 +854,7 @@ __global__ void __launch_bounds__(H::kThreads, H::kBlocks)
 
 // Why kernels cannot take these sizes; null when they can.
 inline const char* unsupported(int channels, int heads, int hidden) {
-    if (channels % 16 || channels > kMaxChannels) return "channels in multiples of 16, up to 256";
-    if (heads <= 0 || channels % heads || channels / heads % 8 || channels / heads > kMaxHeadWidth)
-        return "heads of 8 to 64 channels in multiples of 8";
+    if (const char* reason = errseg::unsupported(channels, heads)) return reason;
     return hidden <= 0 || hidden % 8 ? "hidden units in multiples of 8" : nullptr;
 }
 

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "class_attention/stream.cuh"
-#include "common/stable_cuda.cuh"
+#include "common/halves_cuda.cuh"
 
 namespace errseg {
 namespace {
@@ -14,26 +14,6 @@ using class_attention::Device;
 using class_attention::Problem;
 
 constexpr const char* kClassAttention = "class_attention";
-
-Number type_of(const Tensor& tensor) {
-    const ScalarType type = tensor.scalar_type();
-    expect(type == ScalarType::Half || type == ScalarType::BFloat16, "float16 or bfloat16", tensor);
-    return type == ScalarType::Half ? Number::kFloat16 : Number::kBFloat16;
-}
-
-// A tensor as kernels read it: of the type and on the device of `like`, contiguous, aligned to any access.
-const void* take(const Tensor& tensor, const Tensor& like, int64_t size, const char* name) {
-    expect_same_device(like, tensor, name);
-    const void* result = tensor.const_data_ptr();
-    expect(tensor.scalar_type() == like.scalar_type() && tensor.numel() == size && tensor.is_contiguous() &&
-               reinterpret_cast<uintptr_t>(result) % 16 == 0,
-           name, tensor);
-    return result;
-}
-
-const void* take(const std::optional<Tensor>& tensor, const Tensor& like, int64_t size, const char* name) {
-    return tensor ? take(*tensor, like, size, name) : nullptr;
-}
 
 Device device_of(const Tensor& tensor) {
     Device device{};
@@ -253,7 +233,7 @@ Tensor class_attention_stream_bwd(const Tensor& rows, const Tensor& mixture, con
     a.log_sums = const_cast<float*>(data<float>(log_sums));
     Tensor statistics = empty(rows, {a.pixels, a.heads, a.num_classes, 2}, ScalarType::Float);
     Tensor rows_grad = torch::stable::empty_like(rows);
-    a.statistics = reinterpret_cast<class_attention::Statistics*>(mutable_data<float>(statistics));
+    a.statistics = reinterpret_cast<Statistics*>(mutable_data<float>(statistics));
     a.rows_grad = rows_grad.mutable_data_ptr();
     check(class_attention::stream_backward(a, current_stream(rows)), kClassAttention);
     return rows_grad;

@@ -3,7 +3,7 @@
 // pixel, its warps 16 each; what the others hold comes in stages of as many.
 #pragma once
 
-#include "class_attention/heads.cuh"
+#include "class_attention/class_attention.cuh"
 
 namespace errseg::class_attention {
 

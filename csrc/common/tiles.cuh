@@ -16,6 +16,15 @@ constexpr int kPadding = 8;  // columns between rows in shared memory, which spa
 
 // ---- numbers
 
+// Calls `body(T{})`.
+template <typename Body>
+cudaError_t visit_type(Number type, const Body& body) {
+#ifndef DRIVER_FEW_TYPES
+    if (type == Number::kFloat16) return body(half{});
+#endif
+    return type == Number::kBFloat16 ? body(bf16{}) : cudaErrorInvalidValue;
+}
+
 __device__ __forceinline__ float exp2_of(float v) {
 #ifdef ERRSEG_EMULATED
     return std::exp2(v);
@@ -112,6 +121,42 @@ struct Row {
         return inverse;
     }
 };
+
+// ---- a warp's rows in shared memory
+
+// Eight columns of each row to a thread, `kLanes` to a row: body(row, column).
+template <int kLanes, typename Body>
+__device__ __forceinline__ void for_eights(const Body& body) {
+    const int lane = threadIdx.x % kWarpSize;
+    __syncwarp();
+#pragma unroll 2  // registers are short
+    for (int row = 0; row < kRows; row += kWarpSize / kLanes) body(row + lane / kLanes, lane % kLanes * 8);
+    __syncwarp();
+}
+
+// Rows of a tile from places `stride` numbers apart, zeros where place_of(row) is negative.
+template <int kLanes, typename T, typename Place>
+__device__ __forceinline__ void gather_rows(T* tile, int pitch, int columns, const T* from, int stride,
+                                            const Place& place_of) {
+    for_eights<kLanes>([&](int row, int column) {
+        const auto at = place_of(row);
+        if (column < columns)
+            *reinterpret_cast<uint4*>(tile + row * pitch + column) =
+                at < 0 ? uint4{} : *reinterpret_cast<const uint4*>(from + at * stride + column);
+    });
+}
+
+// The way back, of rows whose place is not negative.
+template <int kLanes, typename T, typename Place>
+__device__ __forceinline__ void scatter_rows(const T* tile, int pitch, int columns, T* to, int stride,
+                                             const Place& place_of) {
+    for_eights<kLanes>([&](int row, int column) {
+        const auto at = place_of(row);
+        if (column < columns && at >= 0)
+            *reinterpret_cast<uint4*>(to + at * stride + column) =
+                *reinterpret_cast<const uint4*>(tile + row * pitch + column);
+    });
+}
 
 // ---- stages
 

@@ -16,18 +16,12 @@
 #include <algorithm>
 #include <cmath>
 
-#include "common/async.cuh"
-#include "common/device.cuh"
-#include "common/mma.cuh"
-#include "common/split.cuh"
+#include "common/heads.cuh"
 
 namespace errseg::spatial_attention {
 
-constexpr int kRows = 16;     // pixels or keys of a warp
 constexpr int kKeyStep = 32;  // keys, or queries of a launch by keys, at a time; stages hold multiples
-constexpr int kPadding = 8;   // columns between rows in shared memory, which spare ldmatrix bank conflicts
-constexpr int kMaxChannels = 256, kMaxHeadWidth = 64;
-constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr float kLn2 = 0.6931471805599453f;
 
 // What a kernel is compiled for: 16 kDepth channels at most, and heads that fit into kHead.
 template <typename T, int kDepth_, int kHead_>
@@ -100,99 +94,6 @@ struct Plan {
     }
 };
 
-// ---- numbers
-
-__device__ __forceinline__ float exp2_of(float v) {
-#ifdef ERRSEG_EMULATED
-    return std::exp2(v);
-#else
-    float result;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(v));
-    return result;
-#endif
-}
-
-template <typename T>
-__device__ __forceinline__ uint32_t packed(float low, float high) {
-#ifdef ERRSEG_EMULATED
-    return pack(narrow<T>(low), narrow<T>(high));
-#else
-    uint32_t result;
-    if constexpr (std::is_same_v<T, bf16>) {
-        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
-    } else {
-        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
-    }
-    return result;
-#endif
-}
-
-template <typename T>
-struct Pair {
-    float low, high;
-
-    __device__ __forceinline__ static Pair load(const T* from) {
-        const auto two = *reinterpret_cast<const Neighbours<T, 2>*>(from);
-        return {widen(two.values[0]), widen(two.values[1])};
-    }
-    __device__ __forceinline__ void store(T* to) const {
-        *reinterpret_cast<uint32_t*>(to) = packed<T>(low, high);
-    }
-};
-
-// A row of an even number of columns, shared by the lanes of a warp.
-template <typename T, int kPairs>
-struct Row {
-    Pair<T> pairs[kPairs];
-
-    __device__ __forceinline__ static int column(int i) {
-        return 2 * (i * kWarpSize + threadIdx.x % kWarpSize);
-    }
-
-    // Zeros beyond the last column.
-    __device__ __forceinline__ void load(const T* from, int columns) {
-#pragma unroll
-        for (int i = 0; i < kPairs; ++i)
-            pairs[i] = column(i) < columns ? Pair<T>::load(from + column(i)) : Pair<T>{0.0f, 0.0f};
-    }
-    __device__ __forceinline__ void store(T* to, int columns) const {
-#pragma unroll
-        for (int i = 0; i < kPairs; ++i)
-            if (column(i) < columns) pairs[i].store(to + column(i));
-    }
-    // Changes the numbers of every pair of columns: body(i, pair).
-    template <typename Body>
-    __device__ __forceinline__ void change(int columns, const Body& body) {
-#pragma unroll
-        for (int i = 0; i < kPairs; ++i)
-            if (column(i) < columns) body(i, pairs[i]);
-    }
-    __device__ __forceinline__ float sum() const {
-        float total = 0.0f;
-#pragma unroll
-        for (int i = 0; i < kPairs; ++i) total += pairs[i].low + pairs[i].high;
-        return warp_sum(total);
-    }
-    __device__ __forceinline__ float dot(const Row& other) const {
-        float total = 0.0f;
-#pragma unroll
-        for (int i = 0; i < kPairs; ++i)
-            total += pairs[i].low * other.pairs[i].low + pairs[i].high * other.pairs[i].high;
-        return warp_sum(total);
-    }
-    __device__ __forceinline__ void scale(float factor) {
-        change(kPairs * 2 * kWarpSize, [&](int, Pair<T>& v) { v.low *= factor, v.high *= factor; });
-    }
-    // LayerNorm without its affine part; gives one over the deviation.
-    __device__ __forceinline__ float normalize(int columns, float eps) {
-        const float mean = sum() / columns;
-        change(columns, [&](int, Pair<T>& v) { v.low -= mean, v.high -= mean; });
-        const float inverse = 1.0f / std::sqrt(dot(*this) / columns + eps);
-        scale(inverse);
-        return inverse;
-    }
-};
-
 // ---- pixels and tokens
 
 // Where token t of a map lies, or -1.
@@ -254,77 +155,23 @@ struct Queries {
     // Rows of a map in the order of pixels, zeros for those that are not there.
     __device__ __forceinline__ void load_pixels(T* tile, const void* maps) const {
         const T* from = static_cast<const T*>(maps) + pixels_of_map();
-        copy_rows([&](int row, int column) {
-            const int pixel_of_row = pixel(row);
-            if (column < p.channels)
-                *reinterpret_cast<uint4*>(tile + row * p.pitch() + column) =
-                    pixel_of_row < 0
-                        ? uint4{}
-                        : *reinterpret_cast<const uint4*>(from + pixel_of_row * p.channels + column);
-        });
+        gather_rows<kRowLanes>(tile, p.pitch(), p.channels, from, p.channels,
+                               [&](int row) { return pixel(row); });
     }
     __device__ __forceinline__ void store_pixels(const T* tile, void* maps) const {
         T* to = static_cast<T*>(maps) + pixels_of_map();
-        store(tile, to, [&](int row) { return pixel(row); });
+        scatter_rows<kRowLanes>(tile, p.pitch(), p.channels, to, p.channels,
+                                [&](int row) { return pixel(row); });
     }
     // In the order of the windows.
     __device__ __forceinline__ void store_tokens(const T* tile, void* maps) const {
         T* to = static_cast<T*>(maps) + tokens_of_map();
-        store(tile, to, [&](int row) { return token(row); });
-    }
-
-  private:
-    // Eight columns of each row to a thread: body(row, column).
-    template <typename Body>
-    __device__ __forceinline__ void copy_rows(const Body& body) const {
-        const int lane = threadIdx.x % kWarpSize;
-        __syncwarp();
-#pragma unroll 2  // registers are short
-        for (int row = 0; row < kRows; row += kWarpSize / kRowLanes)
-            body(row + lane / kRowLanes, lane % kRowLanes * 8);
-        __syncwarp();
-    }
-    template <typename Place>
-    __device__ __forceinline__ void store(const T* tile, T* to, const Place& place) const {
-        copy_rows([&](int row, int column) {
-            const int place_of_row = place(row);
-            if (column < p.channels && place_of_row >= 0)
-                *reinterpret_cast<uint4*>(to + place_of_row * p.channels + column) =
-                    *reinterpret_cast<const uint4*>(tile + row * p.pitch() + column);
-        });
+        scatter_rows<kRowLanes>(tile, p.pitch(), p.channels, to, p.channels,
+                                [&](int row) { return token(row); });
     }
 };
 
 // ---- stages
-
-// What passes through two buffers: while one is used, `fetch(i, buffer)` fills the other asynchronously.
-template <typename Fetch>
-class Stream {
-  public:
-    __device__ __forceinline__ Stream(char* memory, int bytes, int count, const Fetch& fetch)
-        : memory_(memory), bytes_(bytes), count_(count), fetch_(fetch) {
-        fetch_(0, memory_);
-        commit_async();
-    }
-
-    // The next stage, which the whole block asks for; nobody uses the one before any more.
-    template <typename T>
-    __device__ __forceinline__ const T* next() {
-        wait_async<0>();
-        __syncthreads();
-        const char* stage = memory_ + index_ % 2 * bytes_;
-        if (++index_ < count_) {
-            fetch_(index_, memory_ + index_ % 2 * bytes_);
-            commit_async();
-        }
-        return reinterpret_cast<const T*>(stage);
-    }
-
-  private:
-    char* memory_;
-    int bytes_, count_, index_ = 0;
-    const Fetch& fetch_;
-};
 
 // Some rows of a square weight, zeros beyond the last.
 template <typename H>
@@ -358,27 +205,6 @@ __device__ __forceinline__ void fetch_head(char* stage, const T* one, const T* t
 
 // ---- products
 
-// 16 rows and columns of the left factor, which lies by rows.
-template <typename T>
-__device__ __forceinline__ void load_left(uint32_t (&a)[4], const T* from, int pitch) {
-    const int lane = threadIdx.x % kWarpSize;
-    ldmatrix<4>(a, from + lane % 16 * pitch + lane / 16 * 8);
-}
-
-// The leading columns of a head, zeros from the first 16 that it lacks.
-template <int kHead, typename T>
-__device__ __forceinline__ void load_head(uint32_t (&a)[kHead / 16][4], const T* from, int pitch, int width) {
-#pragma unroll
-    for (int k = 0; k < kHead / 16; ++k) {
-        if (k * 16 < width) {
-            load_left(a[k], from + k * 16, pitch);
-        } else {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) a[k][i] = 0;
-        }
-    }
-}
-
 template <int kDepth, typename T>
 __device__ __forceinline__ void load_rows(uint32_t (&a)[kDepth][4], const T* tile, const Problem& p) {
     __syncwarp();
@@ -386,59 +212,6 @@ __device__ __forceinline__ void load_rows(uint32_t (&a)[kDepth][4], const T* til
     for (int k = 0; k < kDepth; ++k)
         if (k * 16 < p.channels) load_left(a[k], tile + k * 16, p.pitch());
     __syncwarp();
-}
-
-// sums += left right for 16 of the inner index and 8 kTiles columns. The right factor lies by columns, or
-// transposed.
-template <typename T, int kTiles, bool kTransposed>
-__device__ __forceinline__ void multiply(float (&sums)[kTiles][4], const uint32_t (&left)[4], const T* right,
-                                         int pitch) {
-    static_assert(kTiles % 2 == 0);
-    const int lane = threadIdx.x % kWarpSize, row = lane % 8, odd = lane / 8 % 2 * 8, high = lane / 16 * 8;
-    const T* from = right + (kTransposed ? (row + odd) * pitch + high : (row + high) * pitch + odd);
-#pragma unroll
-    for (int n = 0; n < kTiles; n += 2) {
-        uint32_t b[4];
-        ldmatrix<4, kTransposed>(b, from + (kTransposed ? n * 8 : n * 8 * pitch));
-        const uint32_t first[2] = {b[0], b[1]}, second[2] = {b[2], b[3]};
-        mma_m16n8k16<T>(sums[n], left, first);
-        mma_m16n8k16<T>(sums[n + 1], left, second);
-    }
-}
-
-// sums = left right over the columns of a head.
-template <typename T, int kHead, int kTiles>
-__device__ __forceinline__ void multiply_head(float (&sums)[kTiles][4], const uint32_t (&left)[kHead / 16][4],
-                                              const T* right) {
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sums[n][i] = 0.0f;
-#pragma unroll
-    for (int k = 0; k < kHead / 16; ++k)
-        multiply<T, kTiles, false>(sums, left[k], right + k * 16, kHead + kPadding);
-}
-
-// sums += left right, where the left factor is in the registers of its own sums, which T rounds.
-template <typename T, int kHead, int kTiles>
-__device__ __forceinline__ void multiply_rounded(float (&sums)[kHead / 8][4], const float (&left)[kTiles][4],
-                                                 const T* right) {
-    constexpr int kPitch = kHead + kPadding;
-#pragma unroll
-    for (int n = 0; n < kTiles; n += 2) {
-        const uint32_t a[4] = {packed<T>(left[n][0], left[n][1]), packed<T>(left[n][2], left[n][3]),
-                               packed<T>(left[n + 1][0], left[n + 1][1]),
-                               packed<T>(left[n + 1][2], left[n + 1][3])};
-        multiply<T, kHead / 8, true>(sums, a, right + n * 8 * kPitch, kPitch);
-    }
-}
-
-// Rows and columns of a warp's sums: half 0 or 1, and the first of two neighbours.
-__device__ __forceinline__ int sum_row(int half) {
-    return threadIdx.x % kWarpSize / 4 + half * 8;
-}
-__device__ __forceinline__ int sum_column(int tile) {
-    return tile * 8 + threadIdx.x % 4 * 2;
 }
 
 // The warp's rows, times a weight that comes by rows: body(half, column, low, high).
@@ -489,68 +262,6 @@ __device__ __forceinline__ void make_queries(const Queries<H>& queries, typename
 
 // ---- forward
 
-__device__ __forceinline__ float quad_max(float v) {
-    v = fmaxf(v, __shfl_xor_sync(kFullWarp, v, 1));
-    return fmaxf(v, __shfl_xor_sync(kFullWarp, v, 2));
-}
-
-__device__ __forceinline__ float quad_sum(float v) {
-    return warp_sum<4>(v);
-}
-
-// What one head mixes for the warp's queries.
-template <typename T, int kHead>
-struct Mixture {
-    float mixed[kHead / 8][4] = {};
-    float highest[2] = {-INFINITY, -INFINITY}, total[2] = {};  // a lane's own part of the total
-
-    // Takes in kKeyStep keys, the first `left` of which exist; at least one does.
-    __device__ __forceinline__ void add(const uint32_t (&query)[kHead / 16][4], const T* key, const T* value,
-                                        int left) {
-        constexpr int kTiles = kKeyStep / 8;
-        float scores[kTiles][4];
-        multiply_head<T, kHead>(scores, query, key);
-        if (left < kKeyStep) {
-#pragma unroll
-            for (int n = 0; n < kTiles; ++n)
-#pragma unroll
-                for (int i = 0; i < 4; ++i)
-                    if (sum_column(n) + i % 2 >= left) scores[n][i] = -INFINITY;
-        }
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            float top = scores[0][2 * half];
-#pragma unroll
-            for (int n = 0; n < kTiles; ++n)
-                top = fmaxf(top, fmaxf(scores[n][2 * half], scores[n][2 * half + 1]));
-            top = fmaxf(highest[half], quad_max(top));
-            const float shrink = exp2_of(highest[half] - top);
-            highest[half] = top, total[half] *= shrink;
-#pragma unroll
-            for (int n = 0; n < kHead / 8; ++n)
-                mixed[n][2 * half] *= shrink, mixed[n][2 * half + 1] *= shrink;
-#pragma unroll
-            for (int n = 0; n < kTiles; ++n)
-#pragma unroll
-                for (int i = 2 * half; i < 2 * half + 2; ++i) {
-                    scores[n][i] = exp2_of(scores[n][i] - top);
-                    total[half] += scores[n][i];
-                }
-        }
-        multiply_rounded<T, kHead>(mixed, scores, value);
-    }
-
-    __device__ __forceinline__ void finish() {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            total[half] = quad_sum(total[half]);
-            const float share = 1.0f / total[half];
-#pragma unroll
-            for (int n = 0; n < kHead / 8; ++n) mixed[n][2 * half] *= share, mixed[n][2 * half + 1] *= share;
-        }
-    }
-};
-
 // The mixture of one head in the place of its queries, and the log sums.
 template <typename H, typename Stages>
 __device__ __forceinline__ void attend(const Queries<H>& queries, typename H::Number* tile, Stages& stages,
@@ -558,31 +269,27 @@ __device__ __forceinline__ void attend(const Queries<H>& queries, typename H::Nu
     using T = typename H::Number;
     constexpr int kHead = H::kHead;
     const int width = p.head_width();
-    uint32_t query[kHead / 16][4];
-    load_head<kHead>(query, tile + head * width, p.pitch(), width);
+    Head<kHead> query;
+    query.load(tile + head * width, p.pitch(), width);
     Mixture<T, kHead> mixture;
     for (int part = 0; part < plan.parts; ++part) {
         const T* key = stages.template next<T>();
         const T* value = key + plan.stage_keys * H::kHeadPitch;
         for (int left = min(plan.stage_keys, p.num_keys() - part * plan.stage_keys); left > 0;
              left -= kKeyStep) {
-            mixture.add(query, key, value, left);
+            mixture.template add<kKeyStep>(query, key, value, 1.0f, Leading{left});
             key += kKeyStep * H::kHeadPitch, value += kKeyStep * H::kHeadPitch;
         }
     }
     mixture.finish();
+    for_pairs<T>(mixture.mixed, width, [&](int half, int column, Pair<T> mixed) {
+        mixed.store(tile + sum_row(half) * p.pitch() + head * width + column);
+    });
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        T* row = tile + sum_row(half) * p.pitch() + head * width;
-#pragma unroll
-        for (int n = 0; n < kHead / 8; ++n)
-            if (n * 8 < width)
-                Pair<T>{mixture.mixed[n][2 * half], mixture.mixed[n][2 * half + 1]}.store(row +
-                                                                                          sum_column(n));
         const int t = queries.token(sum_row(half));
         if (log_sums && t >= 0 && threadIdx.x % 4 == 0)
-            log_sums[(int64_t(queries.map) * p.heads + head) * p.num_tokens() + t] =
-                mixture.highest[half] + std::log2(mixture.total[half]);
+            log_sums[(int64_t(queries.map) * p.heads + head) * p.num_tokens() + t] = mixture.log_sum(half);
     }
 }
 
@@ -634,15 +341,14 @@ __device__ __forceinline__ void attend_bwd(const Queries<H>& queries, typename H
                                            const typename H::Number* grads, Stages& stages, const Problem& p,
                                            const Backward& b, const Plan& plan, int head) {
     using T = typename H::Number;
-    constexpr int kHead = H::kHead, kTiles = kKeyStep / 8;
+    constexpr int kHead = H::kHead;
     const int width = p.head_width();
     const T* mixture = static_cast<const T*>(b.mixture) + queries.pixels_of_map() + head * width;
     const int64_t first_token = (int64_t(queries.map) * p.heads + head) * p.num_tokens();
     tile += head * width, grads += head * width;
-    uint32_t query[kHead / 16][4], mixture_grad[kHead / 16][4];
-    load_head<kHead>(query, tile, p.pitch(), width);
-    load_head<kHead>(mixture_grad, grads, p.pitch(), width);
-    float log_sums[2], deltas[2] = {};
+    Head<kHead> query, mixture_grad;
+    query.load(tile, p.pitch(), width), mixture_grad.load(grads, p.pitch(), width);
+    Statistics statistics[2] = {};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int pixel = queries.pixel(sum_row(half)), t = queries.token(sum_row(half));
@@ -651,11 +357,12 @@ __device__ __forceinline__ void attend_bwd(const Queries<H>& queries, typename H
             if (n * 8 < width && pixel >= 0) {
                 const auto mixed = Pair<T>::load(mixture + pixel * p.channels + sum_column(n));
                 const auto grad = Pair<T>::load(grads + sum_row(half) * p.pitch() + sum_column(n));
-                deltas[half] += mixed.low * grad.low + mixed.high * grad.high;
+                statistics[half].delta += mixed.low * grad.low + mixed.high * grad.high;
             }
-        deltas[half] = quad_sum(deltas[half]);
-        log_sums[half] = t >= 0 ? b.log_sums[first_token + t] : 0.0f;
-        if (t >= 0 && threadIdx.x % 4 == 0) b.deltas[first_token + t] = deltas[half];
+        statistics[half].delta = quad_sum(statistics[half].delta);
+        if (t < 0) continue;
+        statistics[half].log_sum = b.log_sums[first_token + t];
+        if (threadIdx.x % 4 == 0) b.deltas[first_token + t] = statistics[half].delta;
     }
     float query_grad[kHead / 8][4] = {};
     for (int part = 0; part < plan.parts; ++part) {
@@ -663,29 +370,15 @@ __device__ __forceinline__ void attend_bwd(const Queries<H>& queries, typename H
         const T* value = key + plan.stage_keys * H::kHeadPitch;
         for (int left = min(plan.stage_keys, p.num_keys() - part * plan.stage_keys); left > 0;
              left -= kKeyStep) {
-            float scores[kTiles][4], score_grads[kTiles][4];
-            multiply_head<T, kHead>(scores, query, key);
-            multiply_head<T, kHead>(score_grads, mixture_grad, value);
-#pragma unroll
-            for (int n = 0; n < kTiles; ++n)
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const bool there = sum_column(n) + i % 2 < left;
-                    const float share = there ? exp2_of(scores[n][i] - log_sums[i / 2]) : 0.0f;
-                    score_grads[n][i] = share * (score_grads[n][i] - deltas[i / 2]);
-                }
-            multiply_rounded<T, kHead>(query_grad, score_grads, key);
+            add_query_grad<T, kHead, kKeyStep>(query_grad, query, mixture_grad, key, value, 1.0f, statistics,
+                                               Leading{left});
             key += kKeyStep * H::kHeadPitch, value += kKeyStep * H::kHeadPitch;
         }
     }
     const float scale = 1.0f / std::sqrt(float(width));
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-        for (int n = 0; n < kHead / 8; ++n)
-            if (n * 8 < width)
-                Pair<T>{scale * query_grad[n][2 * half], scale * query_grad[n][2 * half + 1]}.store(
-                    tile + sum_row(half) * p.pitch() + sum_column(n));
+    for_pairs<T>(query_grad, width, [&](int half, int column, Pair<T> grad) {
+        Pair<T>{scale * grad.low, scale * grad.high}.store(tile + sum_row(half) * p.pitch() + column);
+    });
 }
 
 // Grid: tiles of queries of all maps.
@@ -736,7 +429,7 @@ constexpr int kKeyThreads = 128, kKeys = kKeyThreads / kWarpSize * kRows;
 template <typename T, int kHead>
 __global__ void __launch_bounds__(kKeyThreads, kHead <= 32 ? 3 : 2)
     spatial_attention_bwd_keys_kernel(Problem p, Backward b) {
-    constexpr int kPitch = kHead + kPadding, kTiles = kKeyStep / 8;
+    constexpr int kPitch = kHead + kPadding;
     const int tiles = ceil_div(p.num_keys(), kKeys), map = blockIdx.x / tiles, head = blockIdx.y;
     const int first = (blockIdx.x - map * tiles) * kKeys, num_tokens = p.num_tokens(), width = p.head_width();
     const int64_t keys = int64_t(map) * p.num_keys() * p.channels;
@@ -753,9 +446,8 @@ __global__ void __launch_bounds__(kKeyThreads, kHead <= 32 ? 3 : 2)
                   fetch);
     const int own_row = threadIdx.x / kWarpSize * kRows;
     const T* own = stages.template next<T>() + own_row * kPitch;
-    uint32_t key[kHead / 16][4], value[kHead / 16][4];
-    load_head<kHead>(key, own, kPitch, width);
-    load_head<kHead>(value, own + kKeys * kPitch, kPitch, width);
+    Head<kHead> key, value;
+    key.load(own, kPitch, width), value.load(own + kKeys * kPitch, kPitch, width);
     const float* log_sums = b.log_sums + (int64_t(map) * p.heads + head) * num_tokens;
     const float* deltas = b.deltas + (int64_t(map) * p.heads + head) * num_tokens;
 
@@ -765,41 +457,23 @@ __global__ void __launch_bounds__(kKeyThreads, kHead <= 32 ? 3 : 2)
         const int end = first + own_row < p.num_keys() ? min(start + kKeys, num_tokens) : start;
         for (int t = start; t < end; t += kKeyStep, query += kKeyStep * kPitch) {
             // Past the last token queries and gradients are zeros, and add nothing.
-            const T* mixture_grad = query + kKeys * kPitch;
-            float shares[kTiles][4], score_grads[kTiles][4];
-            multiply_head<T, kHead>(shares, key, query);
-            multiply_head<T, kHead>(score_grads, value, mixture_grad);
-#pragma unroll
-            for (int n = 0; n < kTiles; ++n)
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    const int token = t + sum_column(n) + i;
-                    const float log_sum = token < num_tokens ? log_sums[token] : 0.0f;
-                    const float delta = token < num_tokens ? deltas[token] : 0.0f;
-#pragma unroll
-                    for (int j = i; j < 4; j += 2) {
-                        shares[n][j] = exp2_of(shares[n][j] - log_sum);
-                        score_grads[n][j] = shares[n][j] * (score_grads[n][j] - delta);
-                    }
-                }
-            multiply_rounded<T, kHead>(value_grad, shares, mixture_grad);
-            multiply_rounded<T, kHead>(key_grad, score_grads, query);
+            const auto statistics = [&](int column) {
+                const int token = t + column;
+                return token < num_tokens ? Statistics{log_sums[token], deltas[token]} : Statistics{};
+            };
+            add_key_grads<T, kHead, kKeyStep>(key_grad, value_grad, key, value, query, query + kKeys * kPitch,
+                                              1.0f, statistics, Everything{});
         }
     }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const int row = first + own_row + sum_row(half);
-        const int64_t place = keys + row * p.channels + head * width;
-#pragma unroll
-        for (int n = 0; n < kHead / 8; ++n)
-            if (row < p.num_keys() && n * 8 < width) {
-                const int64_t at = place + sum_column(n);
-                Pair<T>{kLn2 * key_grad[n][2 * half], kLn2 * key_grad[n][2 * half + 1]}.store(
-                    static_cast<T*>(b.key_grad) + at);
-                Pair<T>{value_grad[n][2 * half], value_grad[n][2 * half + 1]}.store(
-                    static_cast<T*>(b.value_grad) + at);
-            }
-    }
+    const auto store = [&](const float (&sums)[kHead / 8][4], void* grads, float factor) {
+        for_pairs<T>(sums, width, [&](int half, int column, Pair<T> grad) {
+            const int row = first + own_row + sum_row(half);
+            if (row < p.num_keys())
+                Pair<T>{factor * grad.low, factor * grad.high}.store(
+                    static_cast<T*>(grads) + keys + row * p.channels + head * width + column);
+        });
+    };
+    store(key_grad, b.key_grad, kLn2), store(value_grad, b.value_grad, 1.0f);
 }
 
 // ---- rows beside the attention: a warp each
@@ -887,23 +561,6 @@ __global__ void __launch_bounds__(kRowThreads)
 }
 
 // ---- launches; all of them need at least one map, pixel and key
-
-// Why kernels cannot take these sizes; null when they can.
-inline const char* unsupported(const Problem& p) {
-    if (p.channels % 16 || p.channels > kMaxChannels) return "channels in multiples of 16, up to 256";
-    if (p.channels % p.heads || p.head_width() % 8 || p.head_width() > kMaxHeadWidth)
-        return "heads of 8 to 64 channels in multiples of 8";
-    return nullptr;
-}
-
-// Calls `body(T{})`.
-template <typename Body>
-cudaError_t visit_type(errseg::Number type, const Body& body) {
-#ifndef DRIVER_FEW_TYPES
-    if (type == errseg::Number::kFloat16) return body(half{});
-#endif
-    return type == errseg::Number::kBFloat16 ? body(bf16{}) : cudaErrorInvalidValue;
-}
 
 // Calls `body(How{})` with what the sizes need.
 template <typename Body>

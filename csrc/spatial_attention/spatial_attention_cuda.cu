@@ -3,42 +3,25 @@
 #include <optional>
 #include <tuple>
 
-#include "common/stable_cuda.cuh"
+#include "common/halves_cuda.cuh"
 
 namespace errseg {
 namespace {
 
 constexpr const char* kOp = "spatial_attention";
 
-Number number(const Tensor& tensor) {
-    const ScalarType type = tensor.scalar_type();
-    expect(type == ScalarType::Half || type == ScalarType::BFloat16, "float16 or bfloat16", tensor);
-    return type == ScalarType::Half ? Number::kFloat16 : Number::kBFloat16;
-}
-
-// A tensor as kernels read it: of the type and on the device of `like`, contiguous, aligned to any access.
-const void* read(const Tensor& tensor, const Tensor& like, int64_t size, const char* name) {
-    expect_same_device(like, tensor, name);
-    const void* result = tensor.const_data_ptr();
-    expect(tensor.scalar_type() == like.scalar_type() && tensor.numel() == size && tensor.is_contiguous() &&
-               reinterpret_cast<uintptr_t>(result) % 16 == 0,
-           name, tensor);
-    return result;
-}
-
 // The maps [.., H, W, C] of a call.
 spatial_attention::Problem problem(const Tensor& x, int64_t window, double eps) {
     expect(x.dim() >= 4, "x [.., H, W, C]", x);
     spatial_attention::Problem p{};
     const int64_t dim = x.dim(), height = x.size(dim - 3), width = x.size(dim - 2);
-    p.type = number(x), p.x = read(x, x, x.numel(), "x contiguous and aligned");
+    p.type = type_of(x), p.x = take(x, x, x.numel(), "x contiguous and aligned");
     p.height = as_int(height, "H"), p.width = as_int(width, "W"), p.channels = as_int(x.size(dim - 1), "C");
     expect(x.numel() > 0 && window > 0 && height >= window && width >= window, "maps that hold windows", x);
     p.maps = as_int(x.numel() / (height * width * p.channels), "B x K");
     p.num_classes = as_int(x.size(dim - 4), "K"), p.heads = 1, p.window = int(window), p.eps = float(eps);
     expect(height * width * p.channels < INT_MAX / 4, "maps of less than 2^29 numbers", x);
-    expect(p.channels % 16 == 0 && p.channels <= spatial_attention::kMaxChannels,
-           "channels in multiples of 16, up to 256", x);
+    expect(p.channels % 16 == 0 && p.channels <= kMaxChannels, "channels in multiples of 16, up to 256", x);
     as_int(int64_t(p.maps) * p.num_tokens(), "B x K x H x W");
     return p;
 }
@@ -49,12 +32,12 @@ spatial_attention::Problem problem(const Tensor& x, const Tensor& query_map, con
     spatial_attention::Problem p = problem(x, window, eps);
     const int64_t keys = int64_t(p.maps) * p.num_keys() * p.channels;
     p.heads = as_int(heads, "heads");
-    const char* reason = spatial_attention::unsupported(p);
+    const char* reason = unsupported(p.channels, p.heads);
     STD_TORCH_CHECK(!reason, "expected ", reason ? reason : "", ", got ", heads, " heads for ", describe(x));
-    p.query_map = read(query_map, x, x.numel() / p.num_classes, "query_map [B, H, W, C]");
-    p.key = read(key, x, keys, "key [B, K, N_kv, C]"),
-    p.value = read(value, x, keys, "value [B, K, N_kv, C]");
-    p.query_weight = read(query_weight, x, int64_t(p.channels) * p.channels, "query_weight [C, C]");
+    p.query_map = take(query_map, x, x.numel() / p.num_classes, "query_map [B, H, W, C]");
+    p.key = take(key, x, keys, "key [B, K, N_kv, C]"),
+    p.value = take(value, x, keys, "value [B, K, N_kv, C]");
+    p.query_weight = take(query_weight, x, int64_t(p.channels) * p.channels, "query_weight [C, C]");
     return p;
 }
 
@@ -78,9 +61,9 @@ std::tuple<Tensor, Tensor, Tensor> attend(const Tensor& x, const Tensor& query_m
     Tensor log_sums = training ? empty(x, {x.size(0), x.size(1), heads, p.num_tokens()}, ScalarType::Float)
                                : empty(x, {0}, ScalarType::Float);
     spatial_attention::Forward f{};
-    f.out_weight = read(out_weight, x, int64_t(p.channels) * p.channels, "out_weight [C, C]");
-    f.out_bias = read(out_bias, x, p.channels, "out_bias [C]");
-    f.drop_path = drop_path ? read(*drop_path, x, p.maps, "drop_path [B, K]") : nullptr;
+    f.out_weight = take(out_weight, x, int64_t(p.channels) * p.channels, "out_weight [C, C]");
+    f.out_bias = take(out_bias, x, p.channels, "out_bias [C]");
+    f.drop_path = take(drop_path, x, p.maps, "drop_path [B, K]");
     f.out = out.mutable_data_ptr();
     if (training) f.mixture = mixture.mutable_data_ptr(), f.log_sums = mutable_data<float>(log_sums);
     check(spatial_attention::forward(p, f, shared_room(x), current_stream(x)), kOp);
@@ -106,10 +89,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend_bwd(const Tensor& grad, const 
     Tensor deltas = torch::stable::empty_like(log_sums);
     Tensor key_grad = torch::stable::empty_like(key), value_grad = torch::stable::empty_like(value);
     spatial_attention::Backward b{};
-    b.grad = read(grad, x, x.numel(), "grad like x");
+    b.grad = take(grad, x, x.numel(), "grad like x");
     b.out_weight_transposed =
-        read(out_weight_transposed, x, int64_t(p.channels) * p.channels, "out_weight transposed [C, C]");
-    b.mixture = read(mixture, x, x.numel(), "mixture like x"), b.log_sums = data<float>(log_sums);
+        take(out_weight_transposed, x, int64_t(p.channels) * p.channels, "out_weight transposed [C, C]");
+    b.mixture = take(mixture, x, x.numel(), "mixture like x"), b.log_sums = data<float>(log_sums);
     b.z = z.mutable_data_ptr(), b.query = query.mutable_data_ptr();
     b.mixture_grad = mixture_grad.mutable_data_ptr(), b.query_grad = query_grad.mutable_data_ptr();
     b.deltas = mutable_data<float>(deltas);
@@ -132,8 +115,8 @@ Tensor pixels(const Tensor& grad, const Tensor& x, const Tensor& z_grad, int64_t
     const auto p = problem(x, window, eps);
     Tensor result = torch::stable::empty_like(x);
     const int64_t tokens = int64_t(p.maps) * p.num_tokens() * p.channels;
-    check(spatial_attention::backward_pixels(p, read(grad, x, x.numel(), "grad like x"),
-                                             read(z_grad, x, tokens, "z_grad [B, K, T, C]"),
+    check(spatial_attention::backward_pixels(p, take(grad, x, x.numel(), "grad like x"),
+                                             take(z_grad, x, tokens, "z_grad [B, K, T, C]"),
                                              result.mutable_data_ptr(), current_stream(x)),
           kOp);
     return result;
@@ -142,21 +125,20 @@ Tensor pixels(const Tensor& grad, const Tensor& x, const Tensor& z_grad, int64_t
 // In place; `added` is [columns], [keys, columns] or [images, keys, columns].
 void rows(const Tensor& reduced, const Tensor& added, double eps, const std::optional<Tensor>& gradient) {
     const torch::stable::accelerator::DeviceGuard guard(reduced.get_device_index());
-    expect(reduced.dim() == 2 && reduced.size(1) % 2 == 0 &&
-               reduced.size(1) <= 2 * spatial_attention::kMaxChannels,
+    expect(reduced.dim() == 2 && reduced.size(1) % 2 == 0 && reduced.size(1) <= 2 * kMaxChannels,
            "rows of up to 512 columns", reduced);
     expect(added.dim() >= 1 && added.size(added.dim() - 1) == reduced.size(1), "added [.., columns]", added);
     spatial_attention::Reduced r{};
-    r.type = number(reduced), r.rows = reduced.size(0), r.columns = int(reduced.size(1)), r.eps = float(eps);
+    r.type = type_of(reduced), r.rows = reduced.size(0), r.columns = int(reduced.size(1)), r.eps = float(eps);
     as_int(r.rows, "rows");
     r.per_key = added.dim() > 1;
     r.num_keys = r.per_key ? as_int(added.size(added.dim() - 2), "keys") : 1;
     const int64_t images = added.dim() > 2 ? added.size(0) : 1;
     r.num_classes = as_int(r.rows / (images * r.num_keys), "K");
     expect(!r.per_key || images * r.num_classes * r.num_keys == r.rows, "added for all rows", added);
-    r.added = read(added, reduced, added.numel(), "added contiguous and aligned");
-    read(reduced, reduced, reduced.numel(), "rows contiguous and aligned");
-    if (gradient) read(*gradient, reduced, reduced.numel(), "gradient like rows");
+    r.added = take(added, reduced, added.numel(), "added contiguous and aligned");
+    take(reduced, reduced, reduced.numel(), "rows contiguous and aligned");
+    take(gradient, reduced, reduced.numel(), "gradient like rows");
     check(spatial_attention::normalize_rows(r, reduced.mutable_data_ptr(),
                                             gradient ? gradient->mutable_data_ptr() : nullptr,
                                             current_stream(reduced)),

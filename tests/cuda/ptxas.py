@@ -43,7 +43,7 @@ def compile_kernels(folder: Path) -> list[Usage]:
         return [Usage(**row) for row in json.loads(kept.read_text())]
     with tempfile.TemporaryDirectory() as scratch:
         command = [
-            *(str(home / "bin/nvcc"), "-std=c++20", "-Xptxas=-v", *native_build.NVCC_FLAGS),
+            *(str(home / "bin/nvcc"), "-std=c++20", "-Xptxas=-v", "--threads=0", *native_build.NVCC_FLAGS),
             *native_build.gencode(native_build.ARCHS, home),
             *(f"-I{native_build.source_root()}", "-c", str(INSTANCES), "-o", f"{scratch}/instances.o"),
         ]

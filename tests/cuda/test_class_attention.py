@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -12,35 +12,22 @@ from torch import Tensor
 from errseg.ops import reference
 from errseg.ops.class_attention import OP
 from errseg.ops.cuda import class_attention as host
-from errseg.testing import assert_close, assert_within_eager_error
-from tests.cuda.emulated import TYPES, EmulatorFault
+from errseg.testing import assert_close
+from tests.cuda import attention
+from tests.cuda.attention import EPS, HALF, Emulate, assert_all_close, linear, nan
+from tests.cuda.emulated import TYPES
 
-Emulate = Callable[..., Any]
 SOURCE = "class_attention/class_attention.cuh"
-HALF = torch.bfloat16, torch.float16
-EPS = 1e-5
 H200, A100, SMALL = (227 << 10, 1), (163 << 10, 2), (99 << 10, 1)  # memory of a block; so few multiprocessors fill it
 DIFFERENTIABLE = len(OP.differentiable)
 
 
-@pytest.fixture(scope="module")
-def device(emulate: Emulate) -> Any:
-    return emulate("class_attention")
+device = attention.device_fixture("class_attention")
 
 
-class Shape(NamedTuple):
-    batch: int
-    classes: int
-    height: int
-    width: int
-    channels: int
-    heads: int
+@dataclass(frozen=True)
+class Shape(attention.Shape):
     hidden: int
-
-
-def nan(*shape: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """What is not written stays NaN."""
-    return torch.full(shape, torch.nan, dtype=dtype or like.dtype)
 
 
 class Kernels:
@@ -69,12 +56,12 @@ class Kernels:
     def class_attention_cuda_fwd(self, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
         batch, classes, height, width, channels = x.shape
         problem, training = self.problem(x, height // 2, width // 2, *rest[:-1]), rest[-1]
-        out, pooled = (nan(batch, classes, height // 2, width // 2, channels, like=x) for _ in range(2))
+        out, pooled = (nan(batch, classes, height // 2, width // 2, channels, dtype=x.dtype) for _ in range(2))
         self.device("forward", self.seed, *problem, height, width, x, pooled if training else None, out)
         return out, pooled if training else x.new_empty(0)
 
     def class_attention_cuda_mlp_fwd(self, sums: Tensor, *rest: Any) -> Tensor:
-        out = nan(*sums.shape, like=sums)
+        out = nan(*sums.shape, dtype=sums.dtype)
         self.device("forward", self.seed, *self.rows_problem(sums, *rest), 0, 0, sums, None, out)
         return out
 
@@ -82,7 +69,7 @@ class Kernels:
         rows = pixels * int(problem[2][1])
         channels, hidden = source.shape[-1], int(problem[2][6])
         sizes = channels, channels, hidden, 2 * hidden, channels
-        results = [nan(rows, columns, like=source) for columns in sizes]
+        results = [nan(rows, columns, dtype=source.dtype) for columns in sizes]
         self.device("backward_mlp", self.seed, *problem, first, pixels, grad, source, *results)
         return results
 
@@ -96,7 +83,7 @@ class Kernels:
         first, pixels, transposed, x_grad, height, width = rest[5:]
         problem = self.problem(pooled, *pooled.shape[2:4], *rest[:5])
         rows, channels = pixels * pooled.shape[1], pooled.shape[-1]
-        results = [nan(rows, columns, like=pooled) for columns in (channels, channels, channels, 3 * channels)]
+        results = [nan(rows, columns, dtype=pooled.dtype) for columns in (channels, channels, channels, 3 * channels)]
         self.device(
             *("backward_attention", self.seed, *problem, first, pixels, sum_grad, pooled, transposed),
             *(*results, x_grad, height, width),
@@ -108,7 +95,8 @@ class Kernels:
 
     def class_attention_cuda_stream_fwd(self, rows: Tensor, heads: int) -> tuple[Tensor, Tensor]:
         pixels, classes, _, channels = rows.shape
-        mixture, log_sums = nan(pixels, classes, channels, like=rows), nan(pixels, heads, classes, like=torch.ones(1))
+        mixture = nan(pixels, classes, channels, dtype=rows.dtype)
+        log_sums = nan(pixels, heads, classes, dtype=torch.float32)
         sizes = torch.tensor([pixels, classes, channels, heads])
         self.device("stream", self.seed, TYPES[rows.dtype], sizes, rows, mixture, log_sums, None, None, None)
         return mixture, log_sums
@@ -117,7 +105,7 @@ class Kernels:
         self, rows: Tensor, mixture: Tensor, mixture_grad: Tensor, log_sums: Tensor
     ) -> Tensor:
         pixels, classes, _, channels = rows.shape
-        statistics, rows_grad = nan(*log_sums.shape, 2, like=log_sums), nan(*rows.shape, like=rows)
+        statistics, rows_grad = nan(*log_sums.shape, 2, dtype=log_sums.dtype), nan(*rows.shape, dtype=rows.dtype)
         sizes = torch.tensor([pixels, classes, channels, log_sums.shape[1]])
         inputs = rows, mixture, log_sums, mixture_grad
         self.device("stream", self.seed, TYPES[rows.dtype], sizes, *inputs, statistics, rows_grad)
@@ -131,9 +119,6 @@ def draw(shape: Shape, dtype: torch.dtype, *, drop: bool = False, scale: float =
     """
     s, c = shape, shape.channels
     ends = torch.tensor([-3.0, 3.0, 9.0])
-
-    def linear(out: int, inner: int, gain: float = 1.0) -> Tensor:
-        return torch.randn(out, inner) * gain / inner**0.5
 
     tensors = (
         torch.randn(s.batch, s.classes, s.height, s.width, c),
@@ -165,11 +150,7 @@ def run(
 
 
 def expected(arguments: tuple[Any, ...], grad: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """The reference computed in `dtype`."""
-    cast: list[Any] = [a.to(dtype) if isinstance(a, Tensor) else a for a in arguments]
-    leaves = [t.requires_grad_() for t in cast[:DIFFERENTIABLE]]
-    out = reference.class_attention(*leaves, *cast[DIFFERENTIABLE:])
-    return out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))
+    return attention.expected(reference.class_attention, DIFFERENTIABLE, arguments, grad, dtype)
 
 
 NAMES = "result", *OP.differentiable
@@ -186,12 +167,7 @@ def check(device: Any, shape: Shape, dtype: torch.dtype, *, drop: bool = False, 
     arguments = draw(shape, dtype, drop=drop)
     grad = gradient_for(arguments)
     found, right = run(device, arguments, grad, **options), expected(arguments, grad, torch.float64)
-    for name, got, wanted in zip(NAMES, found, right, strict=True):
-        assert got.dtype == dtype and got.shape == wanted.shape
-        if wanted.abs().max() > 1e-9:
-            assert_close(got, wanted, TOLERANCES[dtype], name)
-        else:  # with one class there is nothing to choose
-            assert got.abs().max() < 1e-2, name
+    assert_all_close(NAMES, found, right, dtype, TOLERANCES[dtype])
 
 
 SHAPES = {
@@ -225,8 +201,7 @@ def test_errors_are_at_most_twice_eager(device: Any, classes: int, dtype: torch.
     arguments = draw(shape, dtype, drop=True)
     grad = gradient_for(arguments)
     runs = run(device, arguments, grad), *(expected(arguments, grad, t) for t in (dtype, torch.float64))
-    for name, got, eager, exact in zip(NAMES, *runs, strict=True):
-        assert_within_eager_error(got, eager, exact, name=name)
+    attention.assert_all_within_eager_error(NAMES, *runs)
 
 
 def test_every_schedule_device_and_slab_gives_the_same_numbers(device: Any) -> None:
@@ -264,8 +239,7 @@ def check_far_below_zero(device: Any, classes: int) -> None:
     arguments[1][:, ::2].mul_(-1)  # every other class far above
     grad = gradient_for(arguments)
     runs = run(device, arguments, grad), *(expected(arguments, grad, t) for t in (torch.float16, torch.float64))
-    for name, got, eager, exact in zip(NAMES, *runs, strict=True):
-        assert_within_eager_error(got, eager, exact, name=name)
+    attention.assert_all_within_eager_error(NAMES, *runs)
 
 
 @pytest.mark.parametrize("classes", [7, 100])
@@ -333,7 +307,6 @@ def test_reasons_are_named() -> None:
     assert "got torch.float16" in str(host.can_run(*arguments[:2], arguments[2].half(), *arguments[3:]))
 
 
-HEADS, TILES = "class_attention/heads.cuh", "common/tiles.cuh"
 SEEN = "row >= first[half] && row < first[half] + count"
 BREAKS = {
     "keys of other pixels": (SOURCE, SEEN, "row >= 0"),
@@ -342,21 +315,13 @@ BREAKS = {
         "    __syncthreads();\n    Head<kHead> key, value;",
         "    Head<kHead> key, value;",
     ),
-    "no barrier between stages": (
-        TILES,
-        "        wait_async<0>();\n        __syncthreads();",
-        "        wait_async<0>();",
-    ),
+    "no barrier between stages": attention.NO_BARRIER,
     "a maximum that may be infinite": (
-        HEADS,
+        attention.HEADS,
         "float top = -FLT_MAX;  // finite, since a row may see none of these keys",
         "float top = highest[half] = -INFINITY;",
     ),
-    "mixture not rescaled": (
-        HEADS,
-        "mixed[n][2 * half] *= shrink, mixed[n][2 * half + 1] *= shrink;",
-        "mixed[n][2 * half] *= 1, mixed[n][2 * half + 1] *= 1;",
-    ),
+    "mixture not rescaled": attention.NOT_RESCALED,
     "guidance of the first image": (SOURCE, "int64_t(at / p.area()) * p.channels;", "at / p.area() % 7 * p.channels;"),
 }
 
@@ -373,7 +338,4 @@ def test_the_whole_kernel_holds(device: Any) -> None:
 
 @pytest.mark.parametrize("name", BREAKS)
 def test_a_broken_kernel_fails(emulate: Emulate, name: str) -> None:
-    source, *edit = BREAKS[name]
-    broken = emulate("class_attention", edits={source: tuple(edit)})
-    with pytest.raises((AssertionError, EmulatorFault)):
-        check_all(broken)
+    attention.assert_broken(emulate, "class_attention", BREAKS[name], check_all)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -13,38 +13,25 @@ from torch import Tensor
 from errseg.ops import reference
 from errseg.ops.cuda import spatial_attention as host
 from errseg.ops.spatial_attention import OP
-from errseg.testing import assert_close, assert_within_eager_error
-from tests.cuda.emulated import TYPES, EmulatorFault
+from errseg.testing import assert_close
+from tests.cuda import attention
+from tests.cuda.attention import EPS, HALF, Emulate, assert_all_close, linear, nan
+from tests.cuda.emulated import TYPES
 
-Emulate = Callable[..., Any]
 SOURCE = "spatial_attention/spatial_attention.cuh"
-HALF = torch.bfloat16, torch.float16
-EPS = 1e-5
 SMALLEST, USUAL = 0, 113 << 10  # shared memory: stages of 32 keys, or two blocks on an H100
 
 
-@pytest.fixture(scope="module")
-def device(emulate: Emulate) -> Any:
-    return emulate("spatial_attention")
+device = attention.device_fixture("spatial_attention")
 
 
-class Shape(NamedTuple):
-    batch: int
-    classes: int
-    height: int
-    width: int
-    channels: int
-    heads: int
+@dataclass(frozen=True)
+class Shape(attention.Shape):
     window: int = 2
 
     @property
     def num_keys(self) -> int:
         return (self.height // self.window) * (self.width // self.window)
-
-
-def nan(*shape: int, dtype: torch.dtype) -> Tensor:
-    """What is not written stays NaN."""
-    return torch.full(shape, torch.nan, dtype=dtype)
 
 
 class Kernels:
@@ -109,9 +96,6 @@ def draw(shape: Shape, dtype: torch.dtype, *, drop: bool = False, scale: float =
     s, c = shape, shape.channels
     area = s.window**2
 
-    def linear(out: int, inner: int, gain: float = 1.0) -> Tensor:
-        return torch.randn(out, inner) * gain / inner**0.5
-
     tensors = (
         torch.randn(s.batch, s.classes, s.height, s.width, c),
         torch.randn(s.batch, s.height, s.width, c) / 2,
@@ -142,11 +126,7 @@ def run(
 
 
 def expected(arguments: tuple[Any, ...], grad: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """The reference computed in `dtype`."""
-    cast = [a.to(dtype) if isinstance(a, Tensor) else a for a in arguments]
-    leaves = [t.requires_grad_() for t in cast[:12]]
-    out = reference.spatial_attention(*leaves, *cast[12:])
-    return out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))
+    return attention.expected(reference.spatial_attention, 12, arguments, grad, dtype)
 
 
 NAMES = "result", *OP.differentiable
@@ -158,11 +138,7 @@ def check(device: Any, shape: Shape, dtype: torch.dtype, *, drop: bool = False, 
     arguments = draw(shape, dtype, drop=drop)
     grad = torch.randn_like(arguments[0])
     found, right = run(device, arguments, grad, **options), expected(arguments, grad, torch.float64)
-    for name, got, wanted in zip(NAMES, found, right, strict=True):
-        if wanted.abs().max() > 1e-9:
-            assert_close(got, wanted, TOLERANCES[dtype], name)
-        else:  # with one key there is nothing to choose
-            assert got.abs().max() < 1e-2, name
+    assert_all_close(NAMES, found, right, dtype, TOLERANCES[dtype])
 
 
 SHAPES = {
@@ -198,8 +174,7 @@ def test_errors_are_at_most_twice_eager(device: Any, shape: Shape, dtype: torch.
     arguments = draw(shape, dtype, drop=shape.classes > 1)
     grad = torch.randn_like(arguments[0])
     runs = run(device, arguments, grad), *(expected(arguments, grad, t) for t in (dtype, torch.float64))
-    for name, got, eager, exact in zip(NAMES, *runs, strict=True):
-        assert_within_eager_error(got, eager, exact, name=name)
+    attention.assert_all_within_eager_error(NAMES, *runs)
 
 
 def test_log_sums_keys_and_values(device: Any) -> None:
@@ -237,8 +212,7 @@ def test_large_and_small_scores(device: Any) -> None:
         grad = torch.randn_like(x)
         found, exact = run(device, arguments, grad, room=SMALLEST), expected(arguments, grad, torch.float64)
         eager = expected(arguments, grad, torch.float16)
-        for name, got, beside, right in zip(NAMES, found, eager, exact, strict=True):
-            assert_within_eager_error(got, beside, right, name=name)
+        attention.assert_all_within_eager_error(NAMES, found, eager, exact)
 
 
 def check_far_below_zero(device: Any) -> None:
@@ -250,8 +224,7 @@ def check_far_below_zero(device: Any) -> None:
     grad = torch.randn_like(arguments[0])
     exact = expected(arguments, grad, torch.float64)
     found, eager = run(device, arguments, grad), expected(arguments, grad, torch.float16)
-    for name, got, beside, right in zip(NAMES, found, eager, exact, strict=True):
-        assert_within_eager_error(got, beside, right, name=name)
+    attention.assert_all_within_eager_error(NAMES, found, eager, exact)
 
 
 def test_every_schedule_and_stage_gives_the_same_numbers(device: Any) -> None:
@@ -297,23 +270,24 @@ def test_reasons_are_named() -> None:
 
 
 FETCHED = "const bool inside = first + row < limit && column < width;"
-WAITED = "        wait_async<0>();\n        __syncthreads();"
 BREAKS = {
-    "maximum of one lane": ("fmaxf(highest[half], quad_max(top))", "fmaxf(highest[half], top)"),
-    "mixture not rescaled": (
-        "mixed[n][2 * half] *= shrink, mixed[n][2 * half + 1] *= shrink;",
-        "mixed[n][2 * half] *= 1, mixed[n][2 * half + 1] *= 1;",
+    "padding not cleared": (
+        SOURCE,
+        "if (lane < kRows) *reinterpret_cast<uint4*>",
+        "if (false) *reinterpret_cast<uint4*>",
     ),
-    "padding not cleared": ("if (lane < kRows) *reinterpret_cast<uint4*>", "if (false) *reinterpret_cast<uint4*>"),
-    "rows beyond the last key": (FETCHED, FETCHED.replace("first + row < limit && ", "")),
-    "guidance of the first image": ("int64_t(queries.map / p.num_classes) * p.num_pixels()", "int64_t(0)"),
-    "no barrier between stages": (WAITED, "        wait_async<0>();"),
-    "stages not waited for": (WAITED, WAITED.replace("<0>", "<1>")),
-    "delta without the padding's mask": ("if (n * 8 < width && pixel >= 0) {", "if (pixel >= 0) {"),
-    "scores of missing keys": ("sum_column(n) + i % 2 < left;", "true;"),
-    "delta left out for keys": ("shares[n][j] * (score_grads[n][j] - delta)", "shares[n][j] * score_grads[n][j]"),
-    "second stage of queries twice": ("i ? (i - 1) * kKeys : first", "i ? (i > 1) * kKeys : first"),
-    "pixels' mean kept": ("(dz.pairs[i].low - mean -", "(dz.pairs[i].low -"),
+    "rows beyond the last key": (SOURCE, FETCHED, FETCHED.replace("first + row < limit && ", "")),
+    "guidance of the first image": (SOURCE, "int64_t(queries.map / p.num_classes) * p.num_pixels()", "int64_t(0)"),
+    "delta without the padding's mask": (SOURCE, "if (n * 8 < width && pixel >= 0) {", "if (pixel >= 0) {"),
+    "delta left out for keys": (SOURCE, "Statistics{log_sums[token], deltas[token]}", "Statistics{log_sums[token]}"),
+    "second stage of queries twice": (SOURCE, "i ? (i - 1) * kKeys : first", "i ? (i > 1) * kKeys : first"),
+    "pixels' mean kept": (SOURCE, "(dz.pairs[i].low - mean -", "(dz.pairs[i].low -"),
+    "scores of missing keys": (attention.HEADS, "return column < count;", "return true;"),
+    "a full step too soon": (attention.HEADS, "leading.count >= columns", "leading.count > 0"),
+    "maximum of one lane": (attention.HEADS, "fmaxf(highest[half], quad_max(top))", "fmaxf(highest[half], top)"),
+    "mixture not rescaled": attention.NOT_RESCALED,
+    "no barrier between stages": attention.NO_BARRIER,
+    "stages not waited for": (attention.TILES, attention.WAITED, attention.WAITED.replace("<0>", "<1>")),
 }
 
 
@@ -329,6 +303,4 @@ def test_the_whole_kernel_holds(device: Any) -> None:
 
 @pytest.mark.parametrize("name", BREAKS)
 def test_a_broken_kernel_fails(emulate: Emulate, name: str) -> None:
-    broken = emulate("spatial_attention", edits={SOURCE: BREAKS[name]})
-    with pytest.raises((AssertionError, EmulatorFault)):
-        check_all(broken)
+    attention.assert_broken(emulate, "spatial_attention", BREAKS[name], check_all)

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from errseg.ops.cuda.arguments import ready, why_not
+
 SAVED = "mixture", "log_sums", "key", "value"
-MAX_CHANNELS, MAX_HEAD_WIDTH = 256, 64
-DTYPES = torch.bfloat16, torch.float16
 CHUNK_BYTES = 32 << 20  # of normalised windows: little beside the maps, much beside a launch
 
 kernels: Any = torch.ops.errseg
@@ -65,23 +65,10 @@ def _empty_saved(x: Tensor, sizes: Sizes, num_heads: int) -> tuple[Tensor, ...]:
 
 def can_run(x: Tensor, *rest: Any) -> str | None:
     """Why the kernels cannot take these arguments."""
-    channels, num_heads = x.shape[-1], rest[-2]
-    width = channels // num_heads
-    for tensor in (x, *rest[:-3]):
-        if x.dtype not in DTYPES or tensor.dtype != x.dtype:
-            return f"all of bfloat16 or all of float16, got {tensor.dtype}"
-    if channels % 16 or channels > MAX_CHANNELS:
-        return f"channels in multiples of 16, up to {MAX_CHANNELS}, got {channels}"
-    if width % 8 or width > MAX_HEAD_WIDTH:
-        return f"heads of channels in multiples of 8, up to {MAX_HEAD_WIDTH}, got {width}"
+    if reason := why_not(x, rest[:-3], num_heads=rest[-2]):
+        return reason
     numbers = x.shape[2:].numel()  # offsets within a map are 32 bits wide
     return None if 4 * numbers < 2**31 else f"maps of less than 2**29 numbers, got {numbers}"
-
-
-def _ready(tensor: Tensor) -> Tensor:
-    """Contiguous and aligned to the widest access."""
-    tensor = tensor.contiguous()
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def forward(
@@ -104,14 +91,14 @@ def forward(
 ) -> tuple[Tensor, ...]:
     """The result [B, K, H, W, C]; in training also mixture, log sums, keys and values, which ``backward`` takes."""
     sizes = Sizes.of(x, value_reduce_weight)
-    x = _ready(x)
+    x = ready(x)
     if not x.numel():
         saved = _empty_saved(x, sizes, num_heads)
         return torch.empty_like(x), *(t if training else t.new_empty(0) for t in saved)
     weights = key_reduce_weight, key_weight, value_reduce_weight, value_reduce_bias, value_weight, value_bias
-    key, value = _keys_and_values(sizes, eps, x, _ready(key_map), *weights)
+    key, value = _keys_and_values(sizes, eps, x, ready(key_map), *weights)
     drop_path = None if drop_path is None else drop_path.to(x.dtype)
-    inputs = _ready(query_map), key, value, _ready(query_weight), _ready(out_weight), _ready(out_bias), drop_path
+    inputs = ready(query_map), key, value, ready(query_weight), ready(out_weight), ready(out_bias), drop_path
     out, mixture, log_sums = kernels.spatial_attention_cuda_attend(x, *inputs, num_heads, sizes.window, eps, training)
     if not training:
         key, value = x.new_empty(0), x.new_empty(0)
@@ -135,7 +122,7 @@ def _keys_and_values(
     value = torch.empty_like(key)
     map_bytes = x.element_size() * sizes.num_keys * sizes.window**2 * sizes.channels
     classes = max(1, CHUNK_BYTES // map_bytes)
-    value_reduce_bias = _ready(value_reduce_bias)
+    value_reduce_bias = ready(value_reduce_bias)
     for image in range(sizes.batch):
         for start in range(0, sizes.num_classes, classes):
             part = image, slice(start, start + classes)
@@ -184,10 +171,10 @@ def backward(
             torch.zeros_like(t) for t in (*inputs, value_reduce_bias, value_weight, value_bias, out_weight, out_bias)
         ]
     sizes = Sizes.of(x, value_reduce_weight)
-    x, grad = _ready(x), _ready(grad)
+    x, grad = ready(x), ready(grad)
     branch = grad if drop_path is None else grad * drop_path[:, :, None, None, None].to(grad.dtype)
     z, query_grad, key_grad, value_grad = kernels.spatial_attention_cuda_attend_bwd(
-        *(branch, x, _ready(query_map), key, value, _ready(query_weight), _ready(out_weight.T), mixture, log_sums),
+        *(branch, x, ready(query_map), key, value, ready(query_weight), ready(out_weight.T), mixture, log_sums),
         *(sizes.window, eps),
     )
     # Whole windows only: a view of an even map.
@@ -196,8 +183,8 @@ def backward(
     reduced_key, value_rows = windows @ key_reduce_weight.T, windows @ value_reduce_weight.T
     reduced_key_grad = key_grad.flatten(0, 2) @ key_weight
     reduced_value_grad = value_grad.flatten(0, 2) @ value_weight
-    kernels.spatial_attention_cuda_rows(reduced_key, _ready(key_map), eps, reduced_key_grad)
-    kernels.spatial_attention_cuda_rows(value_rows, _ready(value_reduce_bias), eps, reduced_value_grad)
+    kernels.spatial_attention_cuda_rows(reduced_key, ready(key_map), eps, reduced_key_grad)
+    kernels.spatial_attention_cuda_rows(value_rows, ready(value_reduce_bias), eps, reduced_value_grad)
 
     z_grad = query_grad @ query_weight
     window_grads = z_grad.view(*x.shape[:2], *sizes.windows, -1)[:, :, :down, :across]

@@ -87,7 +87,7 @@ extern "C" const char* stream(int64_t seed, int64_t type, const int64_t* s, cons
                               mixture,
                               log_sums,
                               mixture_grad,
-                              static_cast<op::Statistics*>(statistics),
+                              static_cast<errseg::Statistics*>(statistics),
                               rows_grad};
         return mixture_grad ? op::stream_backward(a, nullptr) : op::stream_forward(a, nullptr);
     });

@@ -1,5 +1,5 @@
 // One head's attention for the 16 rows of a warp, forward and backward, some keys or queries at a time. Scores
-// are kept to base 2. What a row sees is asked for: sees(half, column).
+// are kept to base 2. What a row sees is asked for: sees(half, column), one of this step's columns.
 #pragma once
 
 #include <cfloat>
@@ -7,21 +7,53 @@
 
 #include "common/tiles.cuh"
 
-namespace errseg::class_attention {
+namespace errseg {
 
 constexpr float kLog2e = 1.4426950408889634f;
+constexpr int kMaxChannels = 256, kMaxHeadWidth = 64;
 
-enum Of { kKey, kValue, kQuery, kMixtureGrad };  // arrays of a head, in the order they are made
+// Why kernels cannot take these sizes; null when they can.
+inline const char* unsupported(int channels, int heads) {
+    if (channels % 16 || channels > kMaxChannels) return "channels in multiples of 16, up to 256";
+    if (heads <= 0 || channels % heads || channels / heads % 8 || channels / heads > kMaxHeadWidth)
+        return "heads of 8 to 64 channels in multiples of 8";
+    return nullptr;
+}
+
+// What a row sees.
+struct Everything {
+    __device__ __forceinline__ bool operator()(int, int) const { return true; }
+};
+struct Leading {
+    int count;
+    __device__ __forceinline__ bool operator()(int, int column) const { return column < count; }
+};
+// Whether it is all of some columns, where that is soon told.
+template <typename Sees>
+__device__ __forceinline__ bool sees_all(const Sees&, int) {
+    return false;
+}
+__device__ __forceinline__ bool sees_all(const Leading& leading, int columns) {
+    return leading.count >= columns;
+}
 
 // A warp's rows of one head.
 template <int kHead>
 struct Head {
     uint32_t parts[kHead / 16][4];
 
+    // Zeros from the first 16 columns on that are beyond the width.
     template <typename T>
-    __device__ __forceinline__ void load(const T* from) {
+    __device__ __forceinline__ void load(const T* from, int pitch = kHead + kPadding, int width = kHead) {
 #pragma unroll
-        for (int k = 0; k < kHead / 16; ++k) load_left(parts[k], from + k * 16, kHead + kPadding);
+        for (int k = 0; k < kHead / 16; ++k) {
+            if (k * 16 < width) {
+                load_left(parts[k], from + k * 16, pitch);
+            } else {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) parts[k][i] = 0;
+            }
+        }
     }
     template <typename T>
     __device__ __forceinline__ void round(const float (&sums)[kHead / 8][4]) {
@@ -63,16 +95,20 @@ struct Mixture {
         constexpr int kTiles = kStep / 8;
         float scores[kTiles][4];
         query.template multiply<T, kTiles>(scores, key);
+        if (!sees_all(sees, kStep)) {
+#pragma unroll
+            for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    if (!sees(i / 2, sum_column(n) + i % 2)) scores[n][i] = -INFINITY;
+        }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             float top = -FLT_MAX;  // finite, since a row may see none of these keys
 #pragma unroll
             for (int n = 0; n < kTiles; ++n)
 #pragma unroll
-                for (int i = 2 * half; i < 2 * half + 2; ++i) {
-                    scores[n][i] = sees(half, sum_column(n) + i % 2) ? scores[n][i] * scale : -INFINITY;
-                    top = fmaxf(top, scores[n][i]);
-                }
+                for (int i = 2 * half; i < 2 * half + 2; ++i) top = fmaxf(top, scores[n][i] *= scale);
             top = fmaxf(highest[half], quad_max(top));
             const float shrink = exp2_of(highest[half] - top);
             highest[half] = top, total[half] *= shrink;
@@ -166,13 +202,4 @@ __device__ __forceinline__ void for_pairs(const float (&sums)[kTiles][4], int wi
             if (n * 8 < width) body(half, sum_column(n), Pair<T>{sums[n][2 * half], sums[n][2 * half + 1]});
 }
 
-// Calls `body(T{})`.
-template <typename Body>
-cudaError_t visit_type(errseg::Number type, const Body& body) {
-#ifndef DRIVER_FEW_TYPES
-    if (type == errseg::Number::kFloat16) return body(half{});
-#endif
-    return type == errseg::Number::kBFloat16 ? body(bf16{}) : cudaErrorInvalidValue;
-}
-
-}  // namespace errseg::class_attention
+}  // namespace errseg
