@@ -82,15 +82,17 @@ def _kernel_folder() -> Path:
 
 
 def _check(arch: int) -> list[Compiled]:
-    """The rows of one architecture; what the cache lacks is compiled in one subprocess."""
+    """The rows of one architecture; what the cache lacks is compiled in one subprocess, by one process at a time."""
+    from filelock import FileLock
+
     from errseg.ops.native import cache_folder
 
     folder = cache_folder() / "aot"
+    folder.mkdir(parents=True, exist_ok=True)
     files = {op: folder / f"{op}-{arch}-{_key(op)}.json" for op in kernel_ops()}
-    missing = [op for op, file in files.items() if not file.is_file()]
-    if missing:
-        folder.mkdir(parents=True, exist_ok=True)
-        for op, rows in _compile_in_subprocess(arch, missing).items():
+    with FileLock(folder / f"{arch}.lock"):
+        missing = [op for op, file in files.items() if not file.is_file()]
+        for op, rows in _compile_in_subprocess(arch, missing).items() if missing else ():
             partial = files[op].with_suffix(f".{os.getpid()}")
             partial.write_text(json.dumps(rows))
             os.replace(partial, files[op])

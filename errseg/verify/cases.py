@@ -207,7 +207,7 @@ def _without_options(call: Sample) -> Sample:
 def _special_residual() -> list[Case]:
     op = "upsample_residual"
     return [
-        Case(op, "from one pixel", Sizes(height=3, width=2)),
+        Case(op, "grown from a single one", Sizes(height=3, width=2)),
         Case(op, "to one row", Sizes(height=1, width=7), _with_argument(0, lambda x: torch.cat((x, x), 2))),
         Case(op, "shrinking", Sizes(), _with_argument(1, lambda r: r[:, :, :2, :3].contiguous())),
         Case(op, "odd channels", Sizes(channels=35)),

@@ -185,6 +185,7 @@ def test_json_lines(photos: Path, weights: Path, tmp_path: Path, workers: int) -
 _INTERRUPTED = """
 import os, signal
 from errseg.segmentation import Segmentation
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
 save, saved = Segmentation.save, []
 
 def interrupting(result, path, **options):

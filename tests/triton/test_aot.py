@@ -66,3 +66,10 @@ def test_spatial_attention_runs_on_tensor_cores(rows: list[aot.Compiled], dtype:
 def test_a_spill_is_seen() -> None:
     row = aot.Compiled("op", "fwd", 90, 255, 8, 2, 0, 4, "-", 0)
     assert row.spilled and "255" in aot.table([row]) and "sm_90" in aot.table([row])
+
+
+@pytest.mark.parametrize(("arch", "matrix"), [(80, "mma.sync"), (90, "wgmma"), (100, "tcgen05")])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_class_attention_runs_on_tensor_cores(rows: list[aot.Compiled], dtype: str, arch: int, matrix: str) -> None:
+    found = [row for row in rows if (row.op, row.arch) == ("class_attention", arch) and f" {dtype} 128/4" in row.config]
+    assert len(found) == 6 and {row.matrix for row in found} == {matrix}
