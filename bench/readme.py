@@ -53,8 +53,8 @@ def _cells(group: dict[str, Row]) -> list[str]:
     """One size and pass: this package's fastest provider, and how it compares."""
     own = min((row for name, row in group.items() if name in OWN), key=_milliseconds)
     others = [row for name, row in group.items() if name.removesuffix("+compile") not in OWN]
-    best = min(others, key=_milliseconds)
-    published = group["published"]
+    best = min(others, key=_milliseconds, default=None)
+    published = group.get("published")
     compiled = group.get("reference+compile")
     return [
         f"`{own.target}`",
@@ -62,11 +62,11 @@ def _cells(group: dict[str, Row]) -> list[str]:
         own.label,
         own.provider,
         number(own.median_ms),
-        _times(published, own),
-        f"{_times(best, own)} ({best.provider})",
+        number(own.speedup_published) if own.speedup_published else "",
+        f"{_times(best, own)} ({best.provider})" if best else "",
         _times(compiled, own) if compiled else "",
         _memory(own),
-        _memory(published),
+        _memory(published) if published else "",
     ]
 
 
@@ -85,11 +85,13 @@ def _memory(row: Row) -> str:
 def _source(folder: Path, rows: Sequence[Row]) -> str:
     """What it was measured on."""
     cards = read_cards(folder)
-    card = cards[max(row.run for row in rows)]
+    used = {row.run for row in rows}
+    card = cards[max(used)]
     where = card["gpu"]["name"] if "gpu" in card else f"{card['cpu']['name']}, {card['cpu']['threads']} threads"
     rounds = min(row.rounds for row in rows)
     versions = f"torch {card['versions']['torch']}"
-    return f"Measured {card['date'][:10]} on {where}, {versions}; medians of {rounds} rounds or more."
+    commits = ", ".join(dict.fromkeys(f"`{cards[run]['git']['commit'][:7]}`" for run in sorted(used)))
+    return f"Measured {card['date'][:10]} on {where}, {versions}, at {commits}; medians of {rounds} rounds or more."
 
 
 def _line(cells: Iterable[str]) -> str:

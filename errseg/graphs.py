@@ -29,23 +29,33 @@ class GraphCache:
 
     A call runs as it is the first time, is captured the second time, and is replayed from then on: odd shapes, such as
     the last batch of many, never pay for a graph. The oldest of ``limit`` graphs makes room for a new one. The network
-    must not synchronise; its parameters must stay where they are.
+    must not synchronise.
 
     Args:
         network: called with images [B, 3, S, S], word embeddings [T, D] and options that can be compared.
         limit: graphs that are kept.
         capture: makes a graph of one call.
+        places: where the network's weights lie; graphs read them there, and are given up when it answers otherwise.
     """
 
     def __init__(
-        self, network: Network, *, limit: int = MOST_GRAPHS, capture: Callable[..., Graph] | None = None
+        self,
+        network: Network,
+        *,
+        limit: int = MOST_GRAPHS,
+        capture: Callable[..., Graph] | None = None,
+        places: Callable[[], object] = lambda: None,
     ) -> None:
         self.network, self.limit = network, limit
+        self._places, self._captured_at = places, places()
         self._capture = CudaCapture() if capture is None else capture
         self._graphs: OrderedDict[Any, Graph | None] = OrderedDict()
 
     def __call__(self, images: Tensor, embeddings: Tensor, **options: Any) -> DecoderOutput:
         """What the network gives; the tensors are the caller's."""
+        if (places := self._places()) != self._captured_at:
+            self._graphs.clear()
+            self._captured_at = places
         words = embeddings.data_ptr(), embeddings.shape, embeddings.dtype, embeddings.stride()
         key = (images.shape, images.dtype, words, tuple(sorted(options.items())))
         if key not in self._graphs:
@@ -78,12 +88,8 @@ class CudaCapture:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         with torch.cuda.device(images.device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):  # what happens once, such as compiling kernels, must not be captured
-                network(static, embeddings, **options)
-            torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            # Only calls of this thread are captured: others may pin memory meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 output = network(static, embeddings, **options)
-        return Graph(static, graph.replay, output, (graph, embeddings))
+        return Graph(static, graph.replay, output, (embeddings,))

@@ -110,18 +110,19 @@ class Segmenter:
         """Pictures that go through the network at once: 4 on a GPU, 1 elsewhere."""
         return 4 if self.device.type == "cuda" else 1
 
-    def optimize(self, *, graphs: bool = True, compile_tower: bool = False, tf32: bool | None = None) -> Segmenter:
+    def optimize(self, *, graphs: bool = True, compile_tower: bool = False, tf32: bool | None = False) -> Segmenter:
         """Make the model as fast as this machine allows, for pictures and words as they are now set up.
 
         The decoder's weights are composed once, the image tower keeps its maps channels last, and on a CPU the process
         keeps freed memory instead of handing it back. Results agree up to rounding. Weights that change afterwards
-        (training, loading, moving to another device) need another call. Settings of the process stay as they are put.
+        (training, loading, moving to another device) are composed in every call until the next `optimize`. Settings of
+        the process stay as they are put.
 
         Args:
             graphs: on a GPU, capture the network into a CUDA graph when a shape and vocabulary come the second time.
             compile_tower: run the image tower through ``torch.compile``; the first picture takes a minute longer.
-            tf32: on a GPU, let float32 products round their factors to 10 bits, or forbid it, for the whole process;
-                None leaves PyTorch's settings alone.
+            tf32: on a GPU, whether float32 products and convolutions may round their factors to 10 bits, for the whole
+                process; None leaves PyTorch's own settings alone, by which convolutions may and products may not.
 
         Returns:
             this segmenter.
@@ -130,14 +131,18 @@ class Segmenter:
         self.model.decoder.keep_folded()
         if self.device.type == "cpu":
             keep_freed_memory()
-        if tf32 is not None:
+        if tf32 is not None and self.device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = tf32
             torch.backends.cudnn.allow_tf32 = tf32
         if compile_tower:
             self.model.clip.compile(dynamic=False)
         if graphs and self.device.type == "cuda":
-            self._network = GraphCache(self.model)
+            self._network = GraphCache(self.model, places=self._places)
         return self
+
+    def _places(self) -> tuple[int | None, ...]:
+        """Where the weights lie, as they are and composed."""
+        return next(self.model.parameters()).data_ptr(), self.model.decoder.rrhc.embedding.place
 
     def set_vocabulary(
         self,

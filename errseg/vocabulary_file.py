@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -158,6 +159,7 @@ class GrowingFile:
         if len(begun) < len(self.header):
             file.seek(0)
             file.write(self.header)
+            file.flush()
         rows = max(0, size - len(self.header)) // self.row_bytes
         self.done = self._sound_rows(rows if rows >= self.num_rows else rows // self.block * self.block)
         file.truncate(len(self.header) + self.done * self.row_bytes)
@@ -206,7 +208,8 @@ class GrowingFile:
 
     def _close(self) -> None:
         if self.file is not None:
-            self.file.close()
+            with suppress(OSError):  # what cannot be written was reported when it was flushed
+                self.file.close()
 
     def _failure(self, error: OSError) -> ErrSegError:
         kept = f"; {self.done:,} words are kept, the same command goes on from there" if self.done else ""

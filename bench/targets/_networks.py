@@ -15,13 +15,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from errseg import ops
 from errseg.bench.cases import Case, Counts
-from errseg.bench.gate import Outcome, Trial
+from errseg.bench.gate import Outcome, Trial, require
 from errseg.bench.registry import Implementation, Inputs
 from errseg.model.decoder import Decoder, published_name
 from errseg.ops.class_votes import class_votes
 from errseg.testing.inputs import random_decoder_weights, random_features, random_text_embeddings
 from errseg.testing.published_decoder import PublishedDecoder
 from errseg.testing.samples import map_tensors
+from errseg.verify.checks import compare_labels
 
 OPS = (
     *("class_votes", "select_classes", "cost_volume", "cost_embedding"),
@@ -51,6 +52,19 @@ def own_weights(module: nn.Module) -> dict[str, Tensor]:
 def published_weights(module: nn.Module) -> dict[str, Tensor]:
     """Parameters of `PublishedDecoder`, which has the published names."""
     return dict(module.named_parameters())
+
+
+def first(result: Any) -> Tensor:
+    """What gradients start from: the logits or the loss, which results begin with."""
+    tensor: Tensor = result[0]
+    return tensor
+
+
+def labels_of(logits: Tensor, class_ids: Tensor, size: tuple[int, int]) -> Tensor:
+    """The label map [B, H, W] of logits."""
+    labels = ops.upsample_argmax(logits, class_ids, size)
+    assert isinstance(labels, Tensor)
+    return labels
 
 
 def feature_inputs(case: Case, seed: int) -> Inputs:
@@ -84,6 +98,14 @@ def check_logits(trial: Trial) -> Outcome:
         eager = trial.of(trial.eager, fixed)
     trial.compare(candidate, eager, truth, of=lambda result: result[0])
     return candidate
+
+
+def check_labels(trial: Trial) -> None:
+    """Results (logits, class_ids, labels): logits within the budget, labels those of the candidate's own logits."""
+    logits, class_ids, labels = check_logits(trial).result
+    with ops.use_backend("reference"):
+        exact = labels_of(logits.double(), class_ids, (labels.shape[1], labels.shape[2]))
+    require(compare_labels(labels, exact, logits, class_ids))
 
 
 def _check_selection(trial: Trial, got: Tensor, wanted: Tensor) -> None:

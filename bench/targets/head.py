@@ -26,18 +26,13 @@ def _published(case: Case) -> Implementation:
     return Implementation(run, module=networks.published_decoder(case), weights=networks.published_weights)
 
 
-def _logits(result: Any) -> Tensor:
-    logits: Tensor = result[0]
-    return logits
-
-
 def _check(trial: Trial) -> None:
     networks.check_logits(trial)
 
 
 def _counts(case: Case, itemsize: int, passing: str) -> Counts:
     results = case.batch * case.kept * (case.size // 4) ** 2
-    return networks.network_counts(case, itemsize, passing, networks.feature_inputs, _errseg, _logits, results)
+    return networks.network_counts(case, itemsize, passing, networks.feature_inputs, _errseg, networks.first, results)
 
 
 TARGET = Target(
@@ -51,7 +46,7 @@ TARGET = Target(
     counts=_counts,
     differentiable=True,
     kinked=True,
-    differentiate=_logits,
+    differentiate=networks.first,
     check=_check,
     mixed=True,
 )

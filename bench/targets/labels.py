@@ -6,22 +6,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from errseg import ops
 from errseg.bench.cases import Case, Counts, vary
-from errseg.bench.gate import Trial, require
 from errseg.bench.registry import Bar, Implementation, Target
 from errseg.bench.targets import _networks as networks
 from errseg.bench.targets._ops import B_AXIS, EVAL_B, EVAL_L, K_AXIS, SIZE_AXIS, SMALL, T_AXIS
 from errseg.testing.published_decoder import published_dense, published_labels
-from errseg.verify.checks import compare_labels
 
 
-def run(
+def _run(
     module: nn.Module, features: Any, text: Tensor, num_selected: int, class_ids: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logits, class_ids, labels)."""
     logits, class_ids = module(features, text, num_selected=num_selected, class_ids=class_ids)
-    return logits, class_ids, _labels(logits, class_ids)
+    return logits, class_ids, networks.labels_of(logits, class_ids, _picture(logits))
 
 
 def _run_published(
@@ -31,41 +28,22 @@ def _run_published(
     return logits, class_ids, published_labels(published_dense(logits, class_ids, len(text)), _picture(logits))
 
 
-def _labels(logits: Tensor, class_ids: Tensor) -> Tensor:
-    labels = ops.upsample_argmax(logits, class_ids, _picture(logits))
-    assert isinstance(labels, Tensor)
-    return labels
-
-
 def _picture(logits: Tensor) -> tuple[int, int]:
     """The picture's size: logits are a quarter of it."""
     return 4 * logits.shape[2], 4 * logits.shape[3]
 
 
 def _errseg(case: Case) -> Implementation:
-    return Implementation(run, module=networks.decoder(case), weights=networks.own_weights)
+    return Implementation(_run, module=networks.decoder(case), weights=networks.own_weights)
 
 
 def _published(case: Case) -> Implementation:
     return Implementation(_run_published, module=networks.published_decoder(case), weights=networks.published_weights)
 
 
-def _check(trial: Trial) -> None:
-    """Logits within the budget; labels those of the candidate's own logits."""
-    logits, class_ids, labels = networks.check_logits(trial).result
-    with ops.use_backend("reference"):
-        exact = _labels(logits.double(), class_ids)
-    require(compare_labels(labels, exact, logits, class_ids))
-
-
-def _logits(result: Any) -> Tensor:
-    logits: Tensor = result[0]
-    return logits
-
-
 def _counts(case: Case, itemsize: int, passing: str) -> Counts:
     results = case.batch * case.size**2
-    return networks.network_counts(case, itemsize, passing, networks.feature_inputs, _errseg, _logits, results)
+    return networks.network_counts(case, itemsize, passing, networks.feature_inputs, _errseg, networks.first, results)
 
 
 TARGET = Target(
@@ -77,8 +55,8 @@ TARGET = Target(
     inputs=networks.feature_inputs,
     implementations={"errseg": _errseg, "published": _published},
     counts=_counts,
-    differentiate=_logits,
-    check=_check,
+    differentiate=networks.first,
+    check=networks.check_labels,
     mixed=True,
     bars=(Bar(EVAL_B, "forward", "cpu", "published", times=2.2),),
 )

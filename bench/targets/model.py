@@ -11,9 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from errseg import ops
 from errseg.bench.cases import Case, Counts, vary
-from errseg.bench.gate import Trial, require
 from errseg.bench.registry import Implementation, Inputs, Target
 from errseg.bench.targets import _networks as networks
 from errseg.bench.targets._ops import B_AXIS, T_AXIS
@@ -21,7 +19,6 @@ from errseg.model.config import CONFIGS
 from errseg.model.errseg import ERRSeg, create_model
 from errseg.testing.inputs import random_text_embeddings
 from errseg.testing.published_decoder import published_dense, published_labels
-from errseg.verify.checks import compare_labels
 
 B = Case()
 L = Case(model="l", size=768)
@@ -63,14 +60,8 @@ class _Model(nn.Module):
         if self.published:
             labels = published_labels(published_dense(logits, class_ids, len(text)), size)
         else:
-            labels = _labels(logits, class_ids, size)
+            labels = networks.labels_of(logits, class_ids, size)
         return logits, class_ids, labels
-
-
-def _labels(logits: Tensor, class_ids: Tensor, size: tuple[int, int]) -> Tensor:
-    labels = ops.upsample_argmax(logits, class_ids, size)
-    assert isinstance(labels, Tensor)
-    return labels
 
 
 def _run(module: _Model, *arguments: Any) -> Any:
@@ -85,22 +76,9 @@ def _published(case: Case) -> Implementation:
     return Implementation(_run, module=_Model(case, networks.published_decoder(case), published=True))
 
 
-def _check(trial: Trial) -> None:
-    """Logits within the budget; labels those of the candidate's own logits."""
-    logits, class_ids, labels = networks.check_logits(trial).result
-    with ops.use_backend("reference"):
-        exact = _labels(logits.double(), class_ids, (labels.shape[1], labels.shape[2]))
-    require(compare_labels(labels, exact, logits, class_ids))
-
-
-def _logits(result: Any) -> Tensor:
-    logits: Tensor = result[0]
-    return logits
-
-
 def _counts(case: Case, itemsize: int, passing: str) -> Counts:
     results = case.batch * case.size**2
-    return networks.network_counts(case, itemsize, passing, _inputs, _errseg, _logits, results)
+    return networks.network_counts(case, itemsize, passing, _inputs, _errseg, networks.first, results)
 
 
 TARGET = Target(
@@ -112,7 +90,7 @@ TARGET = Target(
     inputs=_inputs,
     implementations={"errseg": _errseg, "published": _published},
     counts=_counts,
-    differentiate=_logits,
-    check=_check,
+    differentiate=networks.first,
+    check=networks.check_labels,
     mixed=True,
 )

@@ -57,13 +57,8 @@ def _check(trial: Trial) -> None:
     networks.check_logits(trial)
 
 
-def _loss(result: Any) -> Tensor:
-    loss: Tensor = result[0]
-    return loss
-
-
 def _counts(case: Case, itemsize: int, passing: str) -> Counts:
-    return networks.network_counts(case, itemsize, passing, _inputs, _errseg, _loss, 1)
+    return networks.network_counts(case, itemsize, passing, _inputs, _errseg, networks.first, 1)
 
 
 TARGET = Target(
@@ -78,7 +73,7 @@ TARGET = Target(
     passes=("step",),
     differentiable=True,
     kinked=True,
-    differentiate=_loss,
+    differentiate=networks.first,
     check=_check,
     floor=FLOOR,
     mixed=True,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 def double_size(conv: nn.Module, x: Tensor) -> Tensor:
@@ -73,6 +74,7 @@ class _ConvNormReLU(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, kernel, added, weight, mean, rstd, y = ctx.saved_tensors
         rows = _convolved(x, kernel, added).sub_(mean[:, None, None])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -27,6 +28,11 @@ class Foldable(nn.Module):
         """What the op is given: the published tensors, or what was made of them."""
         return self.published_params(*norms) if self._folded is None else self._folded
 
+    @property
+    def place(self) -> int | None:
+        """The address of what is kept composed; None when nothing is."""
+        return None if self._folded is None else next(_tensors(self._folded)).data_ptr()
+
     @torch.no_grad()
     def keep_folded(self, *norms: nn.LayerNorm) -> None:
         """Compose once, in the precision of the parameters."""
@@ -50,8 +56,18 @@ class Foldable(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
 
+def _tensors(folded: Any) -> Iterator[Tensor]:
+    if isinstance(folded, Tensor):
+        yield folded
+    elif folded is not None:
+        for part in folded:
+            yield from _tensors(part)
+
+
 def _cast(folded: Any, dtype: torch.dtype) -> Any:
-    """Every tensor of a tuple of tensors and tuples, contiguous and without gradient."""
+    """Every tensor of a tuple of tensors and tuples, contiguous and without gradient; None stays None."""
+    if folded is None:
+        return None
     if isinstance(folded, Tensor):
         return folded.detach().to(dtype).contiguous()
     return type(folded)(*(_cast(part, dtype) for part in folded))

@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -53,8 +53,18 @@ def check(archs: Sequence[int] = ARCHS) -> list[Compiled]:
     Raises:
         RuntimeError: a kernel does not compile; the text is the compiler's.
     """
-    with ThreadPoolExecutor(max_workers=min(len(archs), os.cpu_count() or 1)) as pool:
-        return [row for rows in pool.map(_check, archs) for row in rows]
+    from filelock import FileLock
+
+    from errseg.ops.native import cache_folder
+
+    folder = cache_folder() / "aot"
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {(arch, op): folder / f"{op}-{arch}-{_key(op)}.json" for arch in archs for op in kernel_ops()}
+    with FileLock(folder / "lock"), ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # once, for all processes here
+        missing = {job: file for job, file in files.items() if not file.is_file()}
+        for pile in [pool.submit(_compile_in_subprocess, arch, ops, missing) for arch, ops in _piles(missing)]:
+            pile.result()
+    return [Compiled(**row) for file in files.values() for row in json.loads(file.read_text())]
 
 
 def table(rows: Sequence[Compiled]) -> str:
@@ -81,22 +91,12 @@ def _kernel_folder() -> Path:
     return Path(package.__file__).parent
 
 
-def _check(arch: int) -> list[Compiled]:
-    """The rows of one architecture; what the cache lacks is compiled in one subprocess, by one process at a time."""
-    from filelock import FileLock
-
-    from errseg.ops.native import cache_folder
-
-    folder = cache_folder() / "aot"
-    folder.mkdir(parents=True, exist_ok=True)
-    files = {op: folder / f"{op}-{arch}-{_key(op)}.json" for op in kernel_ops()}
-    with FileLock(folder / f"{arch}.lock"):
-        missing = [op for op, file in files.items() if not file.is_file()]
-        for op, rows in _compile_in_subprocess(arch, missing).items() if missing else ():
-            partial = files[op].with_suffix(f".{os.getpid()}")
-            partial.write_text(json.dumps(rows))
-            os.replace(partial, files[op])
-    return [Compiled(**row) for file in files.values() for row in json.loads(file.read_text())]
+def _piles(jobs: Iterable[tuple[int, str]]) -> list[tuple[int, list[str]]]:
+    """Jobs for a subprocess each: an architecture and about half of its ops, since starting one takes seconds too."""
+    ops: dict[int, list[str]] = {}
+    for arch, op in jobs:
+        ops.setdefault(arch, []).append(op)
+    return [(arch, half) for arch, some in ops.items() for half in (some[::2], some[1::2]) if half]
 
 
 def _key(op: str) -> str:
@@ -108,7 +108,8 @@ def _key(op: str) -> str:
     return hashlib.sha256(b"\n".join(parts)).hexdigest()[:20]
 
 
-def _compile_in_subprocess(arch: int, ops: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+def _compile_in_subprocess(arch: int, ops: Sequence[str], files: Mapping[tuple[int, str], Path]) -> None:
+    """Compile and write the rows of each op to its file."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     with tempfile.TemporaryDirectory() as folder:
@@ -117,7 +118,10 @@ def _compile_in_subprocess(arch: int, ops: Sequence[str]) -> dict[str, list[dict
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"Triton does not compile for sm_{arch}:\n{done.stderr[-4000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    for op, rows in json.loads(done.stdout.splitlines()[-1]).items():
+        partial = files[arch, op].with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps(rows))
+        os.replace(partial, files[arch, op])
 
 
 def _compile_all(arch: int, ops: Sequence[str]) -> None:

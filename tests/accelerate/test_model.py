@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import errseg
 from errseg.testing import AllocationSpy, assert_close, forbid_host_syncs, random_features, random_text_embeddings
@@ -125,6 +128,45 @@ def test_prompts_are_cut_and_embeddings_kept_until_words_or_weights_change() -> 
         head.clip_model.float()
         assert head.get_text_embeds(WORDS).dtype == torch.float32
     assert head.get_text_embeds(WORDS).requires_grad  # not kept where gradients are wanted
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("first", ["accelerate", "distribute"])
+def test_distributed_data_parallel(first: str, process_group: None) -> None:
+    given, model = records(), stand_ins.model()
+    loss, grads = answer(model, given)
+    if first == "accelerate":
+        model = DistributedDataParallel(errseg.accelerate(model))
+    else:
+        model = errseg.accelerate(DistributedDataParallel(model))
+    for _ in range(2):  # a second pass fails where the first left parameters without a gradient
+        mine, found = answer(model, given)
+    assert_close(mine, loss, 1e-12)
+    assert_same_gradients({name.removeprefix("module."): grad for name, grad in found.items()}, grads)
+
+
+def test_autocast_gradient_scaler_and_another_dtype() -> None:
+    given = records()
+    _, exact = answer(stand_ins.model(), given)
+    errors = []
+    for model in (stand_ins.model().float(), errseg.accelerate(stand_ins.model()).float()):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(given)["loss_sem_seg_0"]
+        assert loss.dtype == torch.float32
+        torch.amp.GradScaler("cpu", init_scale=1024.0).scale(loss).backward()
+        found = {name: p.grad / 1024 for name, p in model.named_parameters() if p.grad is not None}
+        assert found.keys() == exact.keys()
+        errors.append(torch.cat([(found[name] - grad).flatten() for name, grad in exact.items()]).norm())
+    size = torch.cat([grad.flatten() for grad in exact.values()]).norm()
+    theirs, mine = errors
+    assert mine <= 2 * theirs and mine < 0.1 * size
 
 
 def test_the_head_alone_and_the_decoder_alone_answer_densely() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from errseg import Segmenter
 from errseg.graphs import Graph, GraphCache
 from errseg.model.decoder import DecoderOutput
+from errseg.settings import default_dtype
 from errseg.testing import assert_absolutely_close
 
 WORDS = ["red star", "grass", "sky", "blue ring"]
@@ -112,6 +113,53 @@ def test_the_graph_unused_longest_makes_room() -> None:
     assert {key[0][0] for key in cache._graphs} == {1, 3}
 
 
+def test_graphs_are_given_up_when_the_weights_move() -> None:
+    recorder, places = Recorder(), [1]
+    cache = GraphCache(recorder.network, capture=recorder.capture, places=lambda: places[0])
+    words, images = torch.randn(5, 4), torch.randn(1, 3, 4, 4)
+    for _ in range(2):
+        cache(images, words, num_selected=2)
+    places[0] = 2
+    for _ in range(2):
+        cache(images, words, num_selected=2)
+    assert recorder.calls == ["call", "capture", "replay"] * 2
+
+
+def test_loading_and_moving_weights_is_a_move() -> None:
+    segmenter = Segmenter("errseg-tiny", device="cpu").optimize()
+    places = [segmenter._places()]
+    segmenter.model.load_state_dict(segmenter.model.state_dict())
+    places.append(segmenter._places())
+    segmenter.model.to(torch.bfloat16)
+    places.append(segmenter._places())
+    segmenter.optimize()
+    places.append(segmenter._places())
+    assert len(set(places)) == 4
+
+
+def test_a_compiled_tower_gives_the_same(pictures: list[np.ndarray]) -> None:
+    plain, fast = (Segmenter("errseg-tiny", vocabulary=WORDS, device="cpu", size=64) for _ in range(2))
+    assert torch.equal(fast.optimize(compile_tower=True)(pictures[0]).labels, plain(pictures[0]).labels)
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), torch.float32), ((8, 0), torch.bfloat16)])
+def test_half_precision_where_a_gpu_has_it(
+    capability: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert default_dtype(torch.device("cuda")) == dtype
+    assert default_dtype(torch.device("cpu")) == torch.float32
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("tf32", [False, True])
+def test_tf32_is_what_was_asked_for(tf32: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for backend in (torch.backends.cuda.matmul, torch.backends.cudnn):
+        monkeypatch.setattr(backend, "allow_tf32", not tf32)
+    Segmenter("errseg-tiny", device="cuda", dtype=torch.float32).optimize(tf32=tf32)
+    assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == tf32
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_graphs_give_what_calls_give(pictures: list[np.ndarray], dtype: torch.dtype) -> None:
@@ -121,3 +169,7 @@ def test_graphs_give_what_calls_give(pictures: list[np.ndarray], dtype: torch.dt
         for picture in pictures:
             wanted, found = plain(picture, return_scores=True), fast(picture, return_scores=True)
             assert_absolutely_close(found.scores, wanted.scores, 1e-4 if dtype == torch.float32 else 0.05)
+    assert any(fast._network._graphs.values())  # captured indeed
+    # Threads pin memory while the shape of a whole batch is captured.
+    for wanted, found in zip(plain(pictures * 8), fast.stream(pictures * 8, workers=4, batch_size=2), strict=True):
+        assert (found.labels == wanted.labels).float().mean() > (0.999 if dtype == torch.float32 else 0.97)

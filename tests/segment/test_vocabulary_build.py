@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from errseg import vocabulary_file
 from errseg.errors import ErrSegError
 from errseg.testing.memory import measure_peak_memory
 from errseg.vocabulary import Vocabulary
 
 WIDTH, BLOCK = 8, 16
-FULL_DISK = Path("/dev/full")
 MADE_OF = {"model": "m", "weights": "w", "prompt": "a {}"}
 
 
@@ -174,22 +176,37 @@ def test_killed_at_the_very_end(tmp_path: Path) -> None:
         path.unlink()
 
 
-@pytest.mark.skipif(not FULL_DISK.exists(), reason="no /dev/full")
-def test_a_full_disk_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    append = vocabulary_file.GrowingFile.append
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Writing beyond it fails as on a full disk, with "File too large"."""
+    import resource
 
-    def full(file: vocabulary_file.GrowingFile, rows: Tensor) -> None:
-        if file.done >= 2 * BLOCK:
-            patched.setattr(file, "_open_file", lambda: device)
-        append(file, rows)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    with monkeypatch.context() as patched, FULL_DISK.open("wb", 0) as device:
-        patched.setattr(vocabulary_file.GrowingFile, "append", full)
-        with pytest.raises(ErrSegError, match=r"No space left on device; 32 words are kept"):
-            build(tmp_path / "v.safetensors", Tower())
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit of files")
+def test_a_full_disk_keeps_what_is_done(tmp_path: Path) -> None:
+    whole = tmp_path / "whole.safetensors"
+    rows = build(whole, Tower()).embeddings
+    header = whole.stat().st_size - rows.nbytes - len(json.dumps(words(60)).encode())
+    size = header + int(2.5 * BLOCK) * rows[0].nbytes
+    with files_of_at_most(size), pytest.raises(ErrSegError, match=r"File too large; 32 words are kept"):
+        build(tmp_path / "v.safetensors", Tower())
     tower = Tower()
     build(tmp_path / "v.safetensors", tower)
     assert tower.phrases == words(60)[2 * BLOCK :]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit of files")
+def test_a_disk_that_was_full_before(tmp_path: Path) -> None:
+    with files_of_at_most(20), pytest.raises(ErrSegError, match=r"cannot write .*v.safetensors: File too large$"):
+        build(tmp_path / "v.safetensors", Tower(calls=0))
+    assert len(build(tmp_path / "v.safetensors", Tower())) == 70
 
 
 def test_mean_of_synonyms(tmp_path: Path) -> None:
