@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from errseg.kernels._class_attention_tile import product
+from errseg.kernels.common import product
 
 
 @triton.jit

@@ -9,10 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def product(a, b, accumulator, PRECISION: tl.constexpr):
-    return tl.dot(a, b, accumulator, input_precision=PRECISION, out_dtype=accumulator.dtype)
+from errseg.kernels.common import normalized, product, relu6
 
 
 @triton.jit
@@ -36,15 +33,6 @@ def _corner(pixel, width, in_width):
     """The first of the four pixels that a pooled one is the mean of."""
     width = width.to(pixel.dtype)
     return pixel // width * (2 * in_width) + pixel % width * 2
-
-
-@triton.jit
-def _normalized(x, C: tl.constexpr, EPS: tl.constexpr):
-    """LayerNorm of rows without its affine part, their means, one over their deviations; ``x`` is zero past C."""
-    mean = tl.sum(x, 1) / C
-    centred = tl.where((tl.arange(0, x.shape[1]) < C)[None, :], x - mean[:, None], 0.0)
-    inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / C + EPS)
-    return centred * inverse[:, None], mean, inverse
 
 
 @triton.jit
@@ -143,7 +131,7 @@ def _class_attention_fwd_kernel(
     mlp_out_bias,  # [C]
     drop_attention,  # [B, h, w] or None
     drop_mlp,  # [B, h, w] or None
-    pooled,  # [B, K, h, w, C] or None
+    pooled,  # [B, K, h, w, C]
     out,  # [B, K, h, w, C]
     num_classes,
     num_pixels,  # h w
@@ -186,7 +174,7 @@ def _class_attention_fwd_kernel(
         tl.store(pooled_rows[:, None] + c[None, :], tile, mask=inside)
     else:
         tile = tl.load(pooled_rows[:, None] + c[None, :], mask=inside, other=0.0)
-    z, mean, inverse = _normalized(tile.to(DTYPE), C, EPS)
+    z, mean, inverse = normalized(tile.to(DTYPE), C, EPS)
     if WHOLE:
         _place(rows[:, None] + c[None, :], z, inside)
         held = tl.load(rows[:, None] + c[None, :], mask=inside, other=0.0)
@@ -230,7 +218,7 @@ def _class_attention_fwd_kernel(
 
     if HIDDEN > 0:
         _place(rows[:, None] + c[None, :], u, inside)
-        z, mean, inverse = _normalized(u, C, EPS)
+        z, mean, inverse = normalized(u, C, EPS)
         if WHOLE:
             held = z.to(dtype)
         u = tl.zeros((ROWS, CHANNELS), DTYPE)
@@ -249,7 +237,7 @@ def _class_attention_fwd_kernel(
                 *(held, rows, mean, inverse, there, mlp_value_weight + unit * C, known, value),
                 *(C, CHANNELS, STEP, PRECISION),
             )
-            units = tl.minimum(tl.maximum(gate, 0.0), 6.0) * value  # [ROWS, CHUNK]
+            units = relu6(gate) * value  # [ROWS, CHUNK]
             columns = mlp_out_weight + unit[:, None] + c[None, :] * HIDDEN
             factor = tl.load(columns, mask=known[:, None] & (c < C)[None, :], other=0.0)  # [CHUNK, CHANNELS]
             u = product(units.to(dtype), factor, u, PRECISION)
@@ -257,7 +245,7 @@ def _class_attention_fwd_kernel(
         inside = there[:, None] & (c < C)[None, :]
         rows = out + image * num_classes * num_pixels * C + (label * num_pixels + pixel) * C
         u += tl.load(mlp_out_bias + c, mask=c < C, other=0.0).to(DTYPE)[None, :]
-        u = tl.minimum(tl.maximum(u, 0.0), 6.0)
+        u = relu6(u)
         if drop_mlp is not None:
             u *= tl.load(drop_mlp + image * num_pixels + pixel, mask=there, other=0.0).to(DTYPE)[:, None]
         u += tl.load(rows[:, None] + c[None, :], mask=inside, other=0.0).to(DTYPE)
@@ -279,7 +267,7 @@ def _class_attention_bwd_kernel(
     value_bias,  # [C]
     out_weight,  # [C, C]
     drop_attention,  # [B, h, w] or None
-    operands,  # [B, part of h w, K, 6, C]: what the gradients of the weights are products of, see Operands
+    operands,  # [B, part of h w, K, 6, C]: z, branch, mixture, gradients of query, key and value
     x_grad,  # [B, K, H, W, C] or None
     num_classes,
     num_pixels,  # h w
@@ -313,7 +301,7 @@ def _class_attention_bwd_kernel(
     rows = operands + first_row * (6 * C) + r * (6 * C)
 
     tile = tl.load(pooled + place[:, None] + c[None, :], mask=inside, other=0.0).to(DTYPE)
-    z, _, inverse = _normalized(tile, C, EPS)
+    z, _, inverse = normalized(tile, C, EPS)
     _place(rows[:, None] + c[None, :], z, inside)
     g = tl.load(grad + place[:, None] + c[None, :], mask=inside, other=0.0)
     if drop_attention is not None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from errseg.kernels._spatial_attention_fwd import normalized, normalized_product, pixel_of, product
+from errseg.kernels._spatial_attention_fwd import normalized_product, pixel_of
+from errseg.kernels.common import normalized, product
 
 
 @triton.jit(do_not_specialize=["num_classes", "height", "width"])

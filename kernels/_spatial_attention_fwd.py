@@ -9,10 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def product(a, b, accumulator, PRECISION: tl.constexpr):
-    return tl.dot(a, b, accumulator, input_precision=PRECISION, out_dtype=accumulator.dtype)
+from errseg.kernels.common import normalized, product
 
 
 @triton.jit
@@ -24,15 +21,6 @@ def pixel_of(t, height, width, STRIDE: tl.constexpr):
     column = window % across * STRIDE + t % STRIDE
     # Not `and`: LLVM would make a vector of the bits, for which it reserves stack.
     return row * width + column, tl.where(column < width, row, height) < height
-
-
-@triton.jit
-def normalized(x, C: tl.constexpr, EPS: tl.constexpr):
-    """LayerNorm of rows without its affine part, their means, and one over their deviations; ``x`` is zero past C."""
-    mean = tl.sum(x, 1) / C
-    centred = tl.where((tl.arange(0, x.shape[1]) < C)[None, :], x - mean[:, None], 0.0)
-    inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / C + EPS)
-    return centred * inverse[:, None], mean, inverse
 
 
 @triton.jit

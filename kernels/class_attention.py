@@ -24,7 +24,7 @@ from torch import Tensor
 from errseg.kernels import _class_attention_stream as stream
 from errseg.kernels import _class_attention_tile as tile
 from errseg.kernels import gated_mlp
-from errseg.kernels.common import LANGUAGE_DTYPE, Config
+from errseg.kernels.common import LANGUAGE_DTYPE, Config, padded
 from errseg.ops.class_slabs import Attention, AttentionSums, Order, Streamed, cells, empty_gradient, spread
 from errseg.ops.slabs import parts
 
@@ -59,7 +59,7 @@ class _Shape(NamedTuple):
             "C": self.channels,
             "HEADS": self.heads,
             "SCALE": math.log2(math.e) / width**0.5,
-            "HEAD": _padded(width),
+            "HEAD": padded(width),
             "DTYPE": LANGUAGE_DTYPE[self.statistics],
             "PRECISION": "tf32x3" if self.dtype == torch.float32 else "ieee",
         }
@@ -67,7 +67,7 @@ class _Shape(NamedTuple):
     @property
     def tile_constants(self) -> dict[str, Any]:
         """Of the kernels that take rows of channels."""
-        channels = _padded(self.channels)
+        channels = padded(self.channels)
         whole = self.dtype.itemsize == 2 and not self.heavy
         return self.constants | {
             "EPS": self.eps,
@@ -75,10 +75,6 @@ class _Shape(NamedTuple):
             "WHOLE": whole,
             "STEP": max(16, channels // 2) if whole else 16,
         }
-
-
-def _padded(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
 
 
 @functools.cache

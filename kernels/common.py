@@ -1,4 +1,4 @@
-"""Shared by the Triton kernels: what a launch consists of, and where bilinear taps lie."""
+"""Shared by the Triton kernels: what a launch consists of, parts of a layer, and where bilinear taps lie."""
 
 from __future__ import annotations
 
@@ -42,6 +42,32 @@ class Config:
         device = next(a.device for a in arguments if isinstance(a, torch.Tensor))
         with torch.cuda.device(device if device.type == "cuda" else -1):  # -1: leave the current device alone
             self.kernel[grid](*arguments, **self.options)
+
+
+def padded(size: int, smallest: int = 16) -> int:
+    """The power of two, of at least ``smallest``, that a tile needs for ``size``."""
+    return max(smallest, triton.next_power_of_2(size))
+
+
+@triton.jit
+def product(a, b, accumulator, PRECISION: tl.constexpr):
+    """``accumulator + a b``, summed in its dtype."""
+    return tl.dot(a, b, accumulator, input_precision=PRECISION, out_dtype=accumulator.dtype)
+
+
+@triton.jit
+def normalized(x, C: tl.constexpr, EPS: tl.constexpr):
+    """LayerNorm of rows without its affine part, their means, and one over their deviations; ``x`` is zero past C."""
+    mean = tl.sum(x, 1) / C
+    centred = tl.where((tl.arange(0, x.shape[1]) < C)[None, :], x - mean[:, None], 0.0)
+    inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / C + EPS)
+    return centred * inverse[:, None], mean, inverse
+
+
+@triton.jit
+def relu6(x):
+    """Clipped to [0, 6]; NaN stays NaN."""
+    return tl.clamp(x, 0.0, 6.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 # Output pixel y of H looks at (y + 1/2) h / H - 1/2 of h. Between the centres j and j + 1 lies interval j, and

@@ -18,16 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from errseg.kernels.common import LANGUAGE_DTYPE, Config
+from errseg.kernels.common import LANGUAGE_DTYPE, Config, relu6
 from errseg.ops.slabs import add_product
 
 SLAB_BYTES = 128 << 20  # of normalised tokens, hidden units and their gradients, alive at a time in the backward pass
-
-
-@triton.jit
-def _relu6(x):
-    """Clipped to [0, 6]; NaN stays NaN."""
-    return tl.clamp(x, 0.0, 6.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -133,7 +127,7 @@ def _gated_mlp_fwd_kernel(
             )
         gate += gate_offset
         value += value_offset
-        units = (_relu6(gate) * value).to(x.dtype.element_ty)  # [TOKENS, CHUNK]
+        units = (relu6(gate) * value).to(x.dtype.element_ty)  # [TOKENS, CHUNK]
         back_tile = tl.load(out_weight + unit + out_tile)
         total = tl.dot(units, back_tile.T, total, input_precision=PRECISION, out_dtype=DTYPE)
     total += tl.load(out_bias + c).to(DTYPE)[None, :]
@@ -209,7 +203,7 @@ def _gated_mlp_bwd_kernel(
             value_tile = tl.load(value_rows + in_tile)
         gate += gate_offset
         value += value_offset
-        clipped = _relu6(gate)
+        clipped = relu6(gate)
         dgate = tl.where((gate <= 0.0) | (gate >= 6.0), 0.0, dunits * value).to(x.dtype.element_ty)
         dvalue = (dunits * clipped).to(x.dtype.element_ty)
         tl.store(units + unit + units_tile, (clipped * value).to(x.dtype.element_ty), mask=there & (store_units != 0))

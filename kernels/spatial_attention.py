@@ -20,7 +20,8 @@ from torch import Tensor
 
 from errseg.kernels import _spatial_attention_bwd as bwd
 from errseg.kernels import _spatial_attention_fwd as fwd
-from errseg.kernels.common import LANGUAGE_DTYPE, Config
+from errseg.kernels.common import LANGUAGE_DTYPE, Config, padded
+from errseg.ops.spatial_windows import Handed, Sizes, zero_gradients
 
 EPS = 1e-5  # of the published norms: what is checked ahead of time
 
@@ -45,7 +46,7 @@ class _Shape(NamedTuple):
             "C": self.channels,
             "STRIDE": self.stride,
             "EPS": self.eps,
-            "CHANNELS": _padded(self.channels, 32),
+            "CHANNELS": padded(self.channels, 32),
             "DTYPE": LANGUAGE_DTYPE[self.statistics],
             "PRECISION": "tf32x3" if self.dtype == torch.float32 else "ieee",
         }
@@ -53,11 +54,7 @@ class _Shape(NamedTuple):
     @property
     def head_constants(self) -> dict[str, Any]:
         width = self.channels // self.heads
-        return {"HEADS": self.heads, "HEAD": _padded(width, 16), "SCALE": math.log2(math.e) / width**0.5}
-
-
-def _padded(size: int, smallest: int) -> int:
-    return max(smallest, triton.next_power_of_2(size))
+        return {"HEADS": self.heads, "HEAD": padded(width), "SCALE": math.log2(math.e) / width**0.5}
 
 
 @functools.cache
@@ -115,7 +112,7 @@ def _keys_bwd(shape: _Shape) -> Config:
 
 @functools.cache
 def _norm_bwd(shape: _Shape, out: int, per_key: bool) -> Config:
-    columns = _padded(out, 32)
+    columns = padded(out, 32)
     constants = {
         "OUT": out,
         "PER_KEY": per_key,
@@ -159,43 +156,6 @@ for _channels, _heads in ((64, 4), (256, 4)):
     CONFIGS |= _configs(_Shape(torch.bfloat16, _channels, _heads, 2, EPS))
 
 
-class _Sizes(NamedTuple):
-    """Of one call."""
-
-    batch: int
-    num_classes: int
-    height: int
-    width: int
-    channels: int
-    stride: int
-
-    @classmethod
-    def of(cls, x: Tensor, value_reduce_weight: Tensor) -> _Sizes:
-        batch, num_classes, height, width, channels = x.shape
-        stride = round((value_reduce_weight.shape[1] // channels) ** 0.5)
-        return cls(batch, num_classes, height, width, channels, stride)
-
-    @property
-    def maps(self) -> int:
-        return self.batch * self.num_classes
-
-    @property
-    def num_keys(self) -> int:
-        return (self.height // self.stride) * (self.width // self.stride)
-
-    @property
-    def windows(self) -> tuple[int, int]:
-        """Down and across, those that stick out of an odd map included."""
-        return triton.cdiv(self.height, self.stride), triton.cdiv(self.width, self.stride)
-
-    @property
-    def num_tokens(self) -> int:
-        return math.prod(self.windows) * self.stride**2
-
-    def shape(self, dtype: torch.dtype, heads: int, eps: float) -> _Shape:
-        return _Shape(dtype, self.channels, heads, self.stride, eps)
-
-
 def forward(
     x: Tensor,
     query_map: Tensor,
@@ -215,8 +175,8 @@ def forward(
     training: bool,
 ) -> tuple[Tensor, ...]:
     """The result [B, K, H, W, C]; in training also mixture, log sums, keys and values, which ``backward`` takes."""
-    sizes = _Sizes.of(x, value_reduce_weight)
-    shape = sizes.shape(x.dtype, num_heads, eps)
+    sizes = Sizes.of(x, value_reduce_weight)
+    shape = _Shape(x.dtype, sizes.channels, num_heads, sizes.window, eps)
     maps = sizes.num_classes, sizes.height, sizes.width
     x = x.contiguous()
     out = torch.empty_like(x)
@@ -241,15 +201,8 @@ def forward(
     return out, mixture, log_sums, key, value
 
 
-class _AttentionGradients(NamedTuple):
-    z: Tensor  # [B, K, T, C]
-    query: Tensor  # [B, K, T, C]
-    key: Tensor  # [B, K, N_kv, C]
-    value: Tensor  # [B, K, N_kv, C]
-
-
 def _attention_backward(
-    sizes: _Sizes,
+    sizes: Sizes,
     shape: _Shape,
     grad: Tensor,
     x: Tensor,
@@ -260,8 +213,8 @@ def _attention_backward(
     log_sums: Tensor,
     key: Tensor,
     value: Tensor,
-) -> _AttentionGradients:
-    """Gradients of queries, keys and values, and the normalised pixels."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The normalised pixels, and the gradients of queries, keys and values."""
     z = x.new_empty((*x.shape[:2], sizes.num_tokens, sizes.channels))
     query, mixture_grad, query_grad = (torch.empty_like(z) for _ in range(3))
     deltas, key_grad, value_grad = torch.empty_like(log_sums), torch.empty_like(key), torch.empty_like(value)
@@ -275,7 +228,7 @@ def _attention_backward(
     grid = sizes.maps * triton.cdiv(sizes.num_keys, config.constants["KEYS"]), shape.heads
     inputs = query, mixture_grad, key, value, log_sums, deltas
     config.launch(grid, *inputs, key_grad, value_grad, sizes.num_keys, sizes.num_tokens)
-    return _AttentionGradients(z, query_grad, key_grad, value_grad)
+    return z, query_grad, key_grad, value_grad
 
 
 def _projection_backward(
@@ -326,21 +279,17 @@ def backward(
     the result X: 5 X. Drop path makes the gradient of the branch, X.
     """
     if not x.numel():
-        tensors = x, query_map, key_map, query_weight, key_reduce_weight, key_weight, value_reduce_weight
-        return [
-            torch.zeros_like(t) for t in (*tensors, value_reduce_bias, value_weight, value_bias, out_weight, out_bias)
-        ]
-    sizes = _Sizes.of(x, value_reduce_weight)
-    shape = sizes.shape(x.dtype, num_heads, eps)
+        weights = query_weight, key_reduce_weight, key_weight, value_reduce_weight, value_reduce_bias, value_weight
+        return zero_gradients(x, query_map, key_map, *weights, value_bias, out_weight, out_bias)
+    sizes = Sizes.of(x, value_reduce_weight)
+    shape = _Shape(x.dtype, sizes.channels, num_heads, sizes.window, eps)
     x, grad, query_map, key_map, query_weight = (t.contiguous() for t in (x, grad, query_map, key_map, query_weight))
     key_reduce_weight, value_reduce_weight = key_reduce_weight.contiguous(), value_reduce_weight.contiguous()
     branch = grad if drop_path is None else grad * drop_path[:, :, None, None, None].to(grad.dtype)
     z, query_grad, key_grad, value_grad = _attention_backward(
         *(sizes, shape, branch, x, query_map, query_weight, out_weight.contiguous(), mixture, log_sums, key, value)
     )
-    # Whole windows only: a view of an even map.
-    down, across = sizes.height // sizes.stride, sizes.width // sizes.stride
-    windows = z.view(*x.shape[:2], *sizes.windows, -1)[:, :, :down, :across].reshape(sizes.maps * down * across, -1)
+    windows = sizes.whole_windows(z).flatten(0, 3)  # a view of an even map
     reduced_key, reduced_key_grad = _projection_backward(
         shape, key_grad, windows, key_reduce_weight, key_map, key_weight
     )
@@ -349,33 +298,12 @@ def backward(
     )
     x_grad = torch.empty_like(x)
     config = _bwd(shape)
-    grid = (sizes.maps * triton.cdiv(math.prod(sizes.windows), config.constants["WINDOWS"]) * sizes.stride**2,)
+    grid = (sizes.maps * triton.cdiv(math.prod(sizes.windows), config.constants["WINDOWS"]) * sizes.window**2,)
     arguments = grad, x, query_grad, reduced_key_grad, reduced_value_grad
     config.launch(
         grid, *arguments, query_weight, key_reduce_weight, value_reduce_weight, x_grad, sizes.height, sizes.width
     )
 
-    branch = branch.flatten(0, 3)
-    per_class = reduced_key_grad.unflatten(0, (*x.shape[:2], -1))
-    return [
-        x_grad,
-        _pixels(query_grad.sum(1), sizes),
-        per_class.sum(1),
-        query_grad.flatten(0, 2).T @ z.flatten(0, 2),
-        reduced_key_grad.T @ windows,
-        key_grad.flatten(0, 2).T @ reduced_key,
-        reduced_value_grad.T @ windows,
-        reduced_value_grad.sum(0),
-        value_grad.flatten(0, 2).T @ reduced_value,
-        value_grad.sum((0, 1, 2)),
-        branch.T @ mixture.flatten(0, 3),
-        branch.sum(0),
-    ]
-
-
-def _pixels(tokens: Tensor, sizes: _Sizes) -> Tensor:
-    """[B, T, C] in the order of the windows as [B, H, W, C]."""
-    down, across = sizes.windows
-    r = sizes.stride
-    pixels = tokens.unflatten(1, (down, across, r, r)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-    return pixels[:, : sizes.height, : sizes.width].contiguous()
+    of_keys, of_values = (reduced_key, reduced_key_grad), (reduced_value, reduced_value_grad)
+    handed = Handed(z, query_grad, key_grad, value_grad, windows, *of_keys, *of_values)
+    return handed.gradients(sizes, x_grad, branch, mixture)

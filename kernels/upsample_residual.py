@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from errseg.kernels.common import LANGUAGE_DTYPE, Config
+from errseg.kernels.common import LANGUAGE_DTYPE, Config, padded
 
 # Output y of H looks at y (h - 1) / (H - 1) of h. Integers keep tap and weight exact.
 
@@ -126,7 +126,7 @@ def _upsample_residual_bwd_kernel(
 @functools.cache
 def _config(kernel: Any, dtype: torch.dtype, channels: int) -> Config:
     statistics = torch.promote_types(dtype, torch.float32)
-    block = min(128, max(16, triton.next_power_of_2(channels)))
+    block = min(128, padded(channels))
     constants = {
         "C": channels,
         "COLUMNS": 2048 // block // (2 if dtype == torch.float64 else 1),

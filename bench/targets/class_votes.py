@@ -31,7 +31,7 @@ def _inputs(case: Case, seed: int) -> Inputs:
 
 def _in_memory(inputs: Inputs, volumes: int) -> Inputs:
     """The inputs, where there is room for so many volumes of scores [B, T, H, W]."""
-    from errseg.verify.runner import free_gigabytes
+    from errseg.verify.room import free_gigabytes
 
     images, words = inputs
     needed = volumes * images[:, 0].numel() * len(words) * images.element_size() / 1e9

@@ -39,3 +39,10 @@ def expect_class_ids(class_ids: Tensor, batch: int, num_classes: int | None = No
         f"class_ids [{batch}, {size}] int64",
         class_ids,
     )
+
+
+def same_dtype(x: Tensor, residual: Tensor) -> str | None:
+    """Why a backend that adds in one dtype cannot take this residual."""
+    if residual.dtype == x.dtype:
+        return None
+    return f"needs x and residual of one dtype, got {describe(x)} and {describe(residual)}"

@@ -102,17 +102,12 @@ OP = Op(
     differentiable=_TENSORS,
 )
 
-TRITON_MAX_CHANNELS = 256
-TRITON_MAX_HEAD_WIDTH = 64
-
 
 def _triton_can_run(x: Tensor, *rest: object) -> str | None:
-    channels, num_heads = x.shape[-1], rest[-2]
+    num_heads = rest[-2]
     assert isinstance(num_heads, int)
-    if channels > TRITON_MAX_CHANNELS:
-        return f"up to {TRITON_MAX_CHANNELS} channels, got {channels}"
-    if channels // num_heads > TRITON_MAX_HEAD_WIDTH:
-        return f"heads of up to {TRITON_MAX_HEAD_WIDTH} channels, got {channels // num_heads}"
+    if reason := triton_backend.heads_fit(x.shape[-1], num_heads):
+        return reason
     numbers = x.shape[1:].numel()  # offsets within an image are 32 bits wide
     return None if numbers < 2**31 else f"images of less than 2**31 numbers, got {numbers}"
 

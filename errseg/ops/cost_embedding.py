@@ -94,5 +94,6 @@ def cost_embedding(
     """
     expect_floating(cost16, 4, "cost16 [B, K, H, W] floating")
     expect(cost32.ndim == 4 and cost32.shape[:2] == cost16.shape[:2], "cost32 [B, K, h, w] like cost16", cost32)
+    expect(min(cost32.shape[2:]) > 0, "cost32 of at least one pixel", cost32)
     folded = params.fold() if isinstance(params, CostEmbeddingParams) else params
     return OP(cost16, cost32, *(t.to(cost16.dtype) for t in folded), backend=backend)

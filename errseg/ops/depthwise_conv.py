@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from errseg.ops import native, reference
-from errseg.ops.checks import describe, expect, expect_floating, expect_shape
+from errseg.ops.checks import expect, expect_floating, expect_shape, same_dtype
 from errseg.ops.contract import Op
 
 
@@ -26,9 +26,7 @@ OP = Op(
 
 
 def _can_run(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *rest: object) -> str | None:
-    if residual is None or residual.dtype == x.dtype:
-        return None
-    return f"needs x and residual of one dtype, got {describe(x)} and {describe(residual)}"
+    return None if residual is None else same_dtype(x, residual)
 
 
 _TRAINING: dict[str, Any] = {"trains": True, "shape_only": ("bias", "residual"), "can_run": _can_run}

@@ -67,12 +67,9 @@ OP = Op(
     differentiable=("x", *FoldedGatedMLP._fields),
 )
 
-MAX_TRITON_CHANNELS = 256  # a program sums up all channels of its tokens in registers
-
 
 def _triton_can_run(x: Tensor, *rest: object) -> str | None:
-    channels = x.shape[-1]
-    return None if channels <= MAX_TRITON_CHANNELS else f"up to {MAX_TRITON_CHANNELS} channels, got {channels}"
+    return triton_backend.heads_fit(x.shape[-1])
 
 
 OP.register("cpu", native.cpu_backend("gated_mlp", trains=True))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from errseg.ops import native, reference, triton_backend
+from errseg.ops import native, reference, spatial_windows, triton_backend
 from errseg.ops.checks import expect, expect_floating, expect_shape
 from errseg.ops.contract import Op
 from errseg.ops.cuda import spatial_attention as tensor_cores
@@ -147,33 +147,13 @@ def _cpu_fake_saved(x: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     return mixture, x.new_empty(batch, num_classes, num_heads, height * width, dtype=dtype)
 
 
-TRITON_MAX_CHANNELS = 256
-TRITON_MAX_HEAD_WIDTH = 64
-
-
 def _triton_can_run(x: Tensor, *rest: object) -> str | None:
-    channels, num_heads = x.shape[-1], rest[-2]
+    num_heads = rest[-2]
     assert isinstance(num_heads, int)
-    if channels > TRITON_MAX_CHANNELS:
-        return f"up to {TRITON_MAX_CHANNELS} channels, got {channels}"
-    if channels // num_heads > TRITON_MAX_HEAD_WIDTH:
-        return f"heads of up to {TRITON_MAX_HEAD_WIDTH} channels, got {channels // num_heads}"
+    if reason := triton_backend.heads_fit(x.shape[-1], num_heads):
+        return reason
     numbers = x.shape[2:].numel()  # offsets within a map are 32 bits wide
     return None if 4 * numbers < 2**31 else f"maps of less than 2**29 numbers, got {numbers}"
-
-
-def _triton_fake_saved(x: Tensor, *rest: object) -> tuple[Tensor, ...]:
-    """The heads' mixture of values; log sums of the scores, for pixels window by window; keys and values."""
-    value_reduce_weight, num_heads = rest[5], rest[-2]
-    assert isinstance(value_reduce_weight, Tensor) and isinstance(num_heads, int)
-    batch, num_classes, height, width, channels = x.shape
-    stride = round((value_reduce_weight.shape[1] // channels) ** 0.5)
-    num_tokens = -(-height // stride) * -(-width // stride) * stride**2
-    log_sums = x.new_empty(
-        (batch, num_classes, num_heads, num_tokens), dtype=torch.promote_types(x.dtype, torch.float32)
-    )
-    key = x.new_empty((batch, num_classes, (height // stride) * (width // stride), channels))
-    return torch.empty_like(x, memory_format=torch.contiguous_format), log_sums, key, torch.empty_like(key)
 
 
 OP.register(
@@ -184,8 +164,8 @@ OP.register(
     "triton",
     triton_backend.backend(
         "spatial_attention",
-        saved=("mixture", "log_sums", "key", "value"),
-        fake_saved=_triton_fake_saved,
+        saved=spatial_windows.SAVED,
+        fake_saved=spatial_windows.fake_saved,
         can_run=_triton_can_run,
     ),
 )
@@ -195,8 +175,8 @@ OP.register(
         "spatial_attention",
         forward=tensor_cores.forward,
         backward=tensor_cores.backward,
-        saved=tensor_cores.SAVED,
-        fake_saved=tensor_cores.fake_saved,
+        saved=spatial_windows.SAVED,
+        fake_saved=spatial_windows.fake_saved,
         can_run=tensor_cores.can_run,
     ),
 )

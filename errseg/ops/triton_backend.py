@@ -21,6 +21,7 @@ from errseg.ops.contract import INTERPRETED, Backend
 
 MIN_CAPABILITY = (8, 0)  # bfloat16 and tf32 products
 MAX_SIDE = 32767  # coordinates are exact in int32: (2 H + 1) h + h stays below 2**31
+MAX_CHANNELS, MAX_HEAD_WIDTH = 256, 64  # a program holds its tokens, and one head of them, in registers
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -65,6 +66,14 @@ def sides_fit(*sides: int) -> str | None:
     """Why the resampling kernels cannot take maps of these heights and widths."""
     largest = max(sides)
     return None if largest <= MAX_SIDE else f"maps of up to {MAX_SIDE} pixels a side, got {largest}"
+
+
+def heads_fit(channels: int, num_heads: int = 0) -> str | None:
+    """Why the kernels that own whole tokens cannot take these channels and, where there are any, heads."""
+    if channels > MAX_CHANNELS:
+        return f"up to {MAX_CHANNELS} channels, got {channels}"
+    width = channels // num_heads if num_heads else 0
+    return None if width <= MAX_HEAD_WIDTH else f"heads of up to {MAX_HEAD_WIDTH} channels, got {width}"
 
 
 def interpreting() -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from errseg.ops import native, reference, triton_backend
-from errseg.ops.checks import describe, expect, expect_floating
+from errseg.ops.checks import describe, expect, expect_floating, same_dtype
 from errseg.ops.contract import Op
 
 
@@ -25,20 +25,15 @@ OP = Op(
 )
 
 
-def _same_dtype(x: Tensor, residual: Tensor) -> str | None:
-    if residual.dtype == x.dtype:
-        return None
-    return f"needs x and residual of one dtype, got {describe(x)} and {describe(residual)}"
-
-
 def _triton_can_run(x: Tensor, residual: Tensor) -> str | None:
-    if residual.shape[2:].numel() >= 2**31:
-        return f"maps of less than 2**31 numbers, got {describe(residual)}"
-    return _same_dtype(x, residual) or triton_backend.sides_fit(*x.shape[2:4], *residual.shape[2:4])
+    for maps in (x, residual):
+        if maps.shape[2:].numel() >= 2**31:  # offsets within a map are 32 bits wide
+            return f"maps of less than 2**31 numbers, got {describe(maps)}"
+    return same_dtype(x, residual) or triton_backend.sides_fit(*x.shape[2:4], *residual.shape[2:4])
 
 
 _LINEAR: dict[str, Any] = {"shape_only": ("x", "residual")}  # the gradient needs no values
-OP.register("cpu", native.cpu_backend("upsample_residual", trains=True, can_run=_same_dtype, **_LINEAR))
+OP.register("cpu", native.cpu_backend("upsample_residual", trains=True, can_run=same_dtype, **_LINEAR))
 OP.register("triton", triton_backend.backend("upsample_residual", can_run=_triton_can_run, **_LINEAR))
 
 

@@ -79,7 +79,8 @@ class OfficialCode:
 
     def model(self, clip: Any, decoder: Any, words: list[str], prompt: str, size: tuple[int, int]) -> Any:
         """Its ERRSeg, whole: towers and decoder in its head, which knows these words and squeezes images to `size`."""
-        head = _head_class(self.root).__new__(_head_class(self.root))
+        made = _head_class(self.root)
+        head = made.__new__(made)
         nn.Module.__init__(head)  # its own wants class files and downloads weights
         head.clip_model, head.decoder, head.tokenizer = clip, decoder, self.tokenizer_module.tokenize
         head.class_texts = head.test_class_texts = words

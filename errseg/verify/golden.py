@@ -20,6 +20,7 @@ from errseg.ops.contract import INTERPRETED
 from errseg.testing.compare import relative_error
 from errseg.testing.published_decoder import PublishedDecoder, published_loss
 from errseg.verify.checks import FACTOR, Check, compare_errors, compare_exactly, failed
+from errseg.verify.room import elsewhere
 from errseg.verify.rows import Row, dtype_name
 
 INPUTS = ("os4", "os8", "os16", "os32", "feat_os16", "feat_os32")
@@ -50,8 +51,6 @@ def _load(name: str) -> dict[str, Tensor]:
 
 def golden_tasks(backends: list[str], device: torch.device, quick: bool) -> list[tuple[str, Callable[[], list[Row]]]]:
     """One task per comparison; backends that some op of the decoder has and that run on this device."""
-    from errseg.verify.runner import elsewhere
-
     tasks: list[tuple[str, Callable[[], list[Row]]]] = []
     for backend in backends:
         reasons = [op.why_not(backend) for op in ops.OPS.values() if backend in op.backends]

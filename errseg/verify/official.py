@@ -18,6 +18,7 @@ from errseg.verify.official_accelerate import AcceleratedPair
 from errseg.verify.official_decoder import DecoderPair
 from errseg.verify.official_model import ModelPair
 from errseg.verify.official_settings import PUBLISHED, SMALL, SMALL_MLP_HEAD, SMALL_SQUARE, Setting
+from errseg.verify.room import free_gigabytes
 from errseg.verify.rows import Row, Task, dtype_name
 
 Compare = Callable[[torch.dtype], list[Check]]
@@ -53,8 +54,6 @@ def _compare(case: str, make: Callable[[], Compare], setting: Setting, device: t
 
 
 def _run(row: Row, call: Callable[[], list[Check]], setting: Setting, device: torch.device) -> Row:
-    from errseg.verify.runner import free_gigabytes
-
     gc.collect()
     started, free = time.perf_counter(), free_gigabytes(device)
     # Float32 rows need float64 too: it is what both are measured against.
@@ -62,8 +61,8 @@ def _run(row: Row, call: Callable[[], list[Check]], setting: Setting, device: to
         return replace(row, reason=f"needs {setting.gigabytes:.1f} GB, {free:.1f} GB are free")
     try:
         row = replace(row, checks=tuple(call()))
-    except ErrSegError as error:
-        row = replace(row, reason=str(error))
     except Exception as error:  # whatever either side raises ends the row, not the run
-        row = replace(row, reason=f"{type(error).__name__}: {' '.join(str(error).split())}"[:300], crashed=True)
+        text = " ".join(str(error).split())
+        reason = text if isinstance(error, ErrSegError) else f"{type(error).__name__}: {text}"[:300]
+        row = replace(row, reason=reason, crashed=True)
     return replace(row, seconds=time.perf_counter() - started)

@@ -17,21 +17,21 @@ from errseg.testing.inputs import random_target
 from errseg.verify.checkout import OfficialCode
 from errseg.verify.checks import Check, compare_errors
 from errseg.verify.official_decoder import Answer, compare_gradients, default_dtype
-from errseg.verify.official_model import WORDS, random_clip_weights
+from errseg.verify.official_model import WORDS, picture_size, random_clip_weights
 from errseg.verify.official_settings import Setting, decoder_weights
 
 ROUNDINGS = 256  # a random network amplifies the rounding of every layer before, here of both towers too
 
 
 class AcceleratedPair:
-    """One published model, accelerated and restored; what it answers in float64 serves every dtype."""
+    """A published model accelerated and restored, built anew for each comparison; its float64 twin is the truth."""
 
     def __init__(self, code: OfficialCode, setting: Setting, device: torch.device) -> None:
         self.code, self.setting, self.device = code, setting, device
 
     def compare_training(self, dtype: torch.dtype) -> list[Check]:
         """Loss and gradients of both towers and the decoder, from pictures and label maps."""
-        target = random_target(self.setting.batch, *self._size, 4, seed=4)
+        target = random_target(self.setting.batch, *picture_size(self.setting), 4, seed=4)
         records = [{"image": i, "sem_seg": t} for i, t in zip(self._images(), target, strict=True)]
         ours, theirs, exact = self._answers(dtype, records, training=True)
         assert ours.loss is not None and theirs.loss is not None and exact.loss is not None
@@ -45,13 +45,9 @@ class AcceleratedPair:
         ours, theirs, exact = self._answers(dtype, records, training=False)
         return compare_errors("scores", ours.logits, theirs.logits, exact.logits, roundings=ROUNDINGS)
 
-    @property
-    def _size(self) -> tuple[int, int]:
-        return 16 * self.setting.side[0], 16 * self.setting.side[1]
-
     def _images(self) -> Tensor:
         generator = torch.Generator().manual_seed(9)
-        return torch.randint(0, 256, (self.setting.batch, 3, *self._size), generator=generator)
+        return torch.randint(0, 256, (self.setting.batch, 3, *picture_size(self.setting)), generator=generator)
 
     def _answers(self, dtype: torch.dtype, records: list[dict[str, Any]], training: bool) -> tuple[Answer, ...]:
         """The accelerated model's, then for its classes the published one's in this dtype and in float64."""
@@ -72,7 +68,7 @@ class AcceleratedPair:
             torch.manual_seed(0)
             clip = self.code.clip(setting.clip)
             decoder = self.code.decoder(setting.decoder, setting.num_selected)
-            model = self.code.model(clip, decoder, list(WORDS), PROMPT, self._size)
+            model = self.code.model(clip, decoder, list(WORDS), PROMPT, picture_size(self.setting))
         model.sem_seg_head.clip_model.load_state_dict(random_clip_weights(setting.clip))
         decoder.load_state_dict(decoder_weights(setting, dtype, self.device))
         return model.to(self.device, dtype)

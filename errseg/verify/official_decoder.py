@@ -71,6 +71,24 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+@contextlib.contextmanager
+def watched(decoder: Any) -> Iterator[dict[str, Tensor]]:
+    """What a published decoder selects and scores when it runs: "ids" [B, K] and "logits" [B K, 1, H, W]."""
+    seen: dict[str, Tensor] = {}
+    select, head = decoder.select_classes, decoder.head.forward
+
+    def selected(*args: Any, **kwargs: Any) -> Tensor:
+        seen["ids"] = select(*args, **kwargs)
+        return seen["ids"]
+
+    def scored(x: Tensor) -> Tensor:
+        seen["logits"] = head(x)  # the published code goes on in float32
+        return seen["logits"]
+
+    with patch.object(decoder, "select_classes", selected), patch.object(decoder.head, "forward", scored):
+        yield seen
+
+
 def _official_answer(
     code: OfficialCode, setting: Setting, dtype: torch.dtype, device: torch.device, target: Tensor | None = None
 ) -> Answer:
@@ -85,26 +103,11 @@ def _official_answer(
         if dtype == torch.float64:
             ups = decoder.up_decoder1, decoder.up_decoder2, decoder.up_decoder3
             _keep_no_activations(*decoder.aggregator_layers, *ups)
-        seen: dict[str, Tensor] = {}
-        select, head = decoder.select_classes, decoder.head.forward
-
-        def selected(*args: Any, **kwargs: Any) -> Tensor:
-            seen["ids"] = select(*args, **kwargs)
-            return seen["ids"]
-
-        def scored(x: Tensor) -> Tensor:
-            seen["logits"] = head(x)  # the published code goes on in float32
-            return seen["logits"]
-
         leaves = [t.requires_grad_(target is not None) for t in (*features, text)]
         os4, os8, os16, os32 = (t.clone() for t in features[:4])  # they are clamped in place
         repeated = text[None, :, None].repeat(setting.batch, 1, 1, 1)
         truth = None if target is None else [t.unique()[t.unique() != 255] for t in target]
-        with (
-            patch.object(decoder, "select_classes", selected),
-            patch.object(decoder.head, "forward", scored),
-            torch.set_grad_enabled(target is not None),
-        ):
+        with watched(decoder) as seen, torch.set_grad_enabled(target is not None):
             maps = [features.os16_dense, features.os32_dense]
             dense = decoder(maps, repeated, [os32, os16, os8, os4], truth)
         logits = seen["logits"].unflatten(0, (setting.batch, -1))[:, :, 0]

@@ -17,7 +17,7 @@ from errseg.model.config import PROMPT, ClipConfig
 from errseg.testing.inputs import random_text_embeddings
 from errseg.verify.checkout import OfficialCode
 from errseg.verify.checks import Check, compare_errors, compare_exactly, compare_labels
-from errseg.verify.official_decoder import Head, default_dtype, reordered, same_classes
+from errseg.verify.official_decoder import Head, default_dtype, reordered, same_classes, watched
 from errseg.verify.official_settings import Setting, decoder_weights
 
 WORDS = ("a", "cat", "sofa", "traffic light", "swimming pool", "wall-concrete", "tree", "sky", "person")
@@ -66,12 +66,13 @@ def _causal_mask(length: int, device: torch.device) -> Tensor:
     return torch.full((length, length), float("-inf"), device=device).triu(1)
 
 
-def _picture_size(setting: Setting) -> tuple[int, int]:
+def picture_size(setting: Setting) -> tuple[int, int]:
+    """Height and width of a picture whose map at 1/16 has the side of the setting."""
     return 16 * setting.side[0], 16 * setting.side[1]
 
 
 def _image(setting: Setting, dtype: torch.dtype, device: torch.device) -> Tensor:
-    noise = torch.randn(setting.batch, 3, *_picture_size(setting), generator=torch.Generator().manual_seed(6))
+    noise = torch.randn(setting.batch, 3, *picture_size(setting), generator=torch.Generator().manual_seed(6))
     return noise.bfloat16().to(device, dtype)
 
 
@@ -193,22 +194,12 @@ def _official_picture(code: OfficialCode, setting: Setting, dtype: torch.dtype, 
 
     text = random_text_embeddings(setting.words, setting.decoder.text_dim, seed=2).to(device, dtype)
     image = _pixels(setting, device).to(dtype)
-    seen: dict[str, Tensor] = {}
     clip = _their_clip(code, setting, dtype, device)
     weights = decoder_weights(setting, dtype, device)
     with default_dtype(dtype), torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
         decoder = code.decoder(setting.decoder, setting.num_selected).to(device).eval()
         decoder.load_state_dict(weights)
-        select, head = decoder.select_classes, decoder.head.forward
-
-        def selected(*args: Any, **kwargs: Any) -> Tensor:
-            seen["ids"] = select(*args, **kwargs)
-            return seen["ids"]
-
-        def scored(x: Tensor) -> Tensor:
-            seen["logits"] = head(x)
-            return seen["logits"]
 
         def answer(dense: Tensor, projected: list[Tensor], guidances: list[Tensor], truth: Any) -> Tensor:
             return decoder([*projected, dense], text[None, :, None], guidances[::-1], truth)
@@ -225,7 +216,7 @@ def _official_picture(code: OfficialCode, setting: Setting, dtype: torch.dtype, 
         )
         height, width = setting.output
         inputs = [{"image": image, "height": height, "width": width}]
-        with patch.object(decoder, "select_classes", selected), patch.object(decoder.head, "forward", scored):
+        with watched(decoder) as seen:
             scores = code.forward(model, inputs)[0]["sem_seg"]
     return Picture(seen["ids"], seen["logits"][None, :, 0], scores)
 
@@ -233,7 +224,7 @@ def _official_picture(code: OfficialCode, setting: Setting, dtype: torch.dtype, 
 def _pixels(setting: Setting, device: torch.device) -> Tensor:
     """A picture of noise [3, H, W], 0..255."""
     generator = torch.Generator().manual_seed(9)
-    return torch.randint(0, 256, (3, *_picture_size(setting)), generator=generator).to(device)
+    return torch.randint(0, 256, (3, *picture_size(setting)), generator=generator).to(device)
 
 
 def _normalized(image: Tensor, dtype: torch.dtype) -> Tensor:

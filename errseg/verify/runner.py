@@ -18,6 +18,7 @@ from errseg.verify import checks
 from errseg.verify.cases import WITH_CHANNELS, Case, cases
 from errseg.verify.checks import Check
 from errseg.verify.comparison import Look, compare
+from errseg.verify.room import elsewhere, free_gigabytes
 from errseg.verify.rows import NOT_RUN, Row, Task, dtype_name
 from errseg.verify.yardstick import GATED, Outcome, Outcomes, Yardstick, evaluate, on_backend
 
@@ -247,22 +248,6 @@ def _why_not(case: Case, backend: str, dtype: torch.dtype, device: torch.device)
         published = case.published_gigabytes * max(4, dtype.itemsize) / 8  # PyTorch's half precision makes float32 too
     needed = case.gigabytes + published
     return f"needs {needed:.1f} GB, {free:.1f} GB are free" if needed > 0.8 * free else None
-
-
-def elsewhere(backend: str, device: torch.device) -> str | None:
-    """Why an available backend has nothing to do with tensors of this device."""
-    home = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}.get(backend, device.type)
-    return None if home == device.type else f"not for tensors on {device.type}"
-
-
-def free_gigabytes(device: torch.device) -> float:
-    """Memory that a run may use now; without a way to know, 4 GB."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] / 1e9
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) * 1024 / 1e9
-    return 4.0
 
 
 def _one_line(error: Exception) -> str:

@@ -60,7 +60,7 @@ def gradients(call: Callable[[Sample], Any], sample: Sample) -> list[Tensor]:
     result = call(sample.with_leaves(iter(leaves)))
     cotangent = torch.randn(result.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     cotangent = cotangent.bfloat16()  # the same in every dtype
-    return list(torch.autograd.grad(result, leaves, cotangent.to(result.dtype), allow_unused=True))
+    return list(torch.autograd.grad(result, leaves, cotangent.to(result), allow_unused=True))
 
 
 def gradcheck(sample: Sample, backend: str) -> None:

@@ -93,3 +93,5 @@ def test_wrong_arguments_are_named() -> None:
     cost16, cost32, params = sample("cost_embedding").args
     with pytest.raises(ValueError, match=r"cost32 \[B, K, h, w\] like cost16, got \[2, 4, 3, 4\]"):
         ops.cost_embedding(cost16, cost32[:, :4], params)
+    with pytest.raises(ValueError, match=r"cost32 of at least one pixel, got \[2, 5, 0, 4\]"):
+        ops.cost_embedding(cost16, cost32[:, :, :0], params)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -171,6 +173,25 @@ def test_results_do_not_depend_on_the_number_of_threads(sizes: Sizes) -> None:
         torch.set_num_threads(before)
     for made in seen[1:]:
         assert all(torch.equal(a, b) for a, b in zip(made, seen[0], strict=True))
+
+
+def test_the_reference_goes_through_many_maps_in_parts_for_the_gradient_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight requires its gradient under no_grad too, where nothing is summed."""
+    call = sample("depthwise_conv", Sizes(batch=3, classes=6, height=3, width=4, channels=2))
+    call = call.map(lambda t: t.requires_grad_())
+    convolved: list[int] = []
+    conv2d = torch.nn.functional.conv2d
+
+    def counted(image: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        convolved.append(len(image))
+        return conv2d(image, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "conv2d", counted)
+    trained = call(backend="reference")
+    assert convolved == [16, 2]
+    with torch.no_grad():
+        assert_close(call(backend="reference"), trained, 1e-15)
+    assert convolved == [16, 2, 18]
 
 
 def test_wrong_arguments_are_named() -> None:

@@ -63,6 +63,13 @@ def test_spatial_attention_runs_on_tensor_cores(rows: list[aot.Compiled], dtype:
         assert [row.matrix for row in rows if (row.op, row.config, row.arch) == key] == [matrix]
 
 
+@pytest.mark.parametrize(("arch", "matrix"), [(80, "mma.sync"), (90, "wgmma"), (100, "tcgen05")])
+def test_the_up_decoder_runs_on_tensor_cores(rows: list[aot.Compiled], arch: int, matrix: str) -> None:
+    found = [row for row in rows if (row.op, row.arch) == ("up_step", arch)]
+    products = [row for row in found if row.config not in ("norm", "finish")]
+    assert len(products) == 10 and {row.matrix for row in products} == {matrix}
+
+
 def test_a_spill_is_seen() -> None:
     row = aot.Compiled("op", "fwd", 90, 255, 8, 2, 0, 4, "-", 0)
     assert row.spilled and "255" in aot.table([row]) and "sm_90" in aot.table([row])

@@ -78,8 +78,14 @@ def test_strided_transposed_and_expanded_arguments() -> None:
     cost16, cost32, weight16, weight32, bias = raw_arguments(Sizes(batch=2, classes=3, height=8, width=6))
     check([cost16.mT, cost32[..., :2], weight16.mT, weight32.flip(-1), bias[:1].expand(16)])
     check([cost16[:, ::2], cost32[:1, :1].expand(2, 2, -1, -1), weight16[::2], weight32[::2], bias[::2]])
-    out = embed(*raw_arguments())
-    torch.autograd.grad(out.sum(), raw_arguments(), allow_unused=True)  # an expanded gradient
+
+
+def test_an_expanded_gradient() -> None:
+    leaves = raw_arguments()
+    out = embed(*leaves)
+    expanded = torch.autograd.grad(out.sum(), leaves, retain_graph=True)
+    whole = torch.autograd.grad(out, leaves, torch.ones_like(out))
+    assert all(torch.equal(*pair) and pair[0].any() for pair in zip(expanded, whole, strict=True))
 
 
 def test_an_empty_batch() -> None:

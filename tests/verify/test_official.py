@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from errseg import verify
+from errseg import ops, verify
 from errseg.errors import ErrSegError
 from errseg.model.decoder import Upsampler
-from errseg.verify import checkout, official_decoder
+from errseg.verify import checkout, official, official_decoder
+from errseg.verify.checks import Check
 from errseg.verify.official_decoder import Answer
+from errseg.verify.official_settings import SMALL
+from errseg.verify.rows import Row
 
 
 def test_a_folder_that_is_no_checkout_is_refused_in_one_line(tmp_path: Path) -> None:
@@ -81,6 +84,43 @@ def test_gates_at_a_kink_excuse_what_they_move_and_no_more() -> None:
     assert not passes(ours, None) and passes(ours, kinks)
     assert not passes(exact._replace(gradients={"w": torch.tensor([1.001, 2.0])}), kinks)
     assert not passes(exact._replace(gradients={}), kinks)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ops.BackendError("gated_mlp cannot run: no GPU"), "gated_mlp cannot run: no GPU"),
+        (KeyError("ids"), "KeyError: 'ids'"),
+    ],
+)
+def test_whatever_is_raised_fails_the_comparison(error: Exception, reason: str) -> None:
+    """A comparison that was begun and not made is no reason to pass."""
+
+    def compare() -> list[Check]:
+        raise error
+
+    row = official._run(Row("official", "default", "float32", "decoder"), compare, SMALL, torch.device("cpu"))
+    assert (row.status, row.reason) == ("fail", reason)
+
+
+def test_what_a_decoder_selects_and_scores_is_seen_while_it_is_watched() -> None:
+    class Decoder(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = torch.nn.Conv2d(1, 1, 1)
+
+        def select_classes(self, votes: torch.Tensor, *, count: int) -> torch.Tensor:
+            return votes.argsort(1)[:, :count]
+
+        def forward(self, votes: torch.Tensor) -> torch.Tensor:
+            return self.head(self.select_classes(votes, count=2).float()[:, :, None, None].flatten(0, 1)[:, None])
+
+    decoder, votes = Decoder(), torch.tensor([[2, 0, 1]])
+    with official_decoder.watched(decoder) as seen:
+        scores = decoder(votes)
+    assert seen["ids"].tolist() == [[1, 2]] and torch.equal(seen["logits"], scores)
+    decoder(votes.flip(1))
+    assert seen["ids"].tolist() == [[1, 2]]
 
 
 needs_checkout = pytest.mark.skipif("ERRSEG_OFFICIAL" not in os.environ, reason="ERRSEG_OFFICIAL names no checkout")

@@ -28,6 +28,9 @@ def test_the_grid_covers_every_op_and_habit() -> None:
         names = {case.name for case in grid.cases(op, quick=True)}
         assert {"odd sizes", "one class", "one pixel", "empty batch", "past a tile"} <= names
         assert {f"{view} views" for view in ("strided", "transposed", "expanded")} <= names
+    for op in grid.WITH_DROP_PATH:
+        views = [case for case in grid.cases(op, quick=True) if case.view and case.drop_path]
+        assert {case.view for case in views} == {"strided", "transposed"}
     assert "T < K" in {case.name for case in grid.cases("select_classes", quick=True)}
     assert "all ignored" in {case.name for case in grid.cases("upsample_bce", quick=True)}
 
@@ -36,7 +39,7 @@ def test_the_full_grid_has_the_published_sizes() -> None:
     for op in ops.OPS:
         real = [case for case in grid.cases(op, quick=False) if case.real and case.sizes.words <= 100_000]
         heights = {case.sizes.height for case in real}
-        assert heights in ({40, 48}, {160, 192})
+        assert heights in ({40, 48}, {160, 192}, {40, 48, 80, 96})
         assert {case.sizes.classes for case in real} >= ({16, 24, 32, 48} if op != "class_votes" else {48})
     words = {case.sizes.words for case in grid.cases("class_votes", quick=False) if case.real}
     assert words >= {20, 59, 150, 459, 847, 100_000}

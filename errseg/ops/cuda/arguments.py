@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-MAX_CHANNELS, MAX_HEAD_WIDTH = 256, 64
+MAX_CHANNELS, MAX_HEAD_WIDTH = 256, 64  # as in csrc/common/heads.cuh
 DTYPES = torch.bfloat16, torch.float16
 
 

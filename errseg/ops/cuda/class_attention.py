@@ -9,6 +9,7 @@ products of, at most ``SLAB_BYTES`` at a time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -29,12 +30,12 @@ kernels: Any = torch.ops.errseg
 
 def fake_saved(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     """The pooled map."""
-    return (_empty_pooled(x),)
+    return (x.new_empty(_pooled_shape(x)),)
 
 
-def _empty_pooled(x: Tensor) -> Tensor:
+def _pooled_shape(x: Tensor) -> tuple[int, ...]:
     batch, num_classes, height, width, channels = x.shape
-    return x.new_empty((batch, num_classes, height // 2, width // 2, channels))
+    return batch, num_classes, height // 2, width // 2, channels
 
 
 def can_run(x: Tensor, *rest: Any) -> str | None:
@@ -94,11 +95,12 @@ class _Call(NamedTuple):
 
 def forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     """The result [B, K, h, w, C] and, in training, the pooled map."""
-    call, pooled, training = _Call.of(*arguments[:-1]), _empty_pooled(x), arguments[-1]
+    call, training, shape = _Call.of(*arguments[:-1]), arguments[-1], _pooled_shape(x)
+    if math.prod(shape) and call.fits(x.shape[1]):
+        return kernels.class_attention_cuda_fwd(ready(x), *call.arguments, training)
+    pooled = x.new_empty(shape)
     if not pooled.numel():
         return torch.empty_like(pooled), pooled if training else x.new_empty(0)
-    if call.fits(x.shape[1]):
-        return kernels.class_attention_cuda_fwd(ready(x), *call.arguments, training)
     pooled.copy_(cells(x).mean((3, 5)))
     sums = call.streamed.sum(pooled).flatten(0, 3)
     out = kernels.class_attention_cuda_mlp_fwd(sums, call.mlp, _by_row(call.drop_mlp, pooled), call.eps)

@@ -15,7 +15,8 @@ def depthwise_conv(
     """[B, K, H, W, C] -> [B, K, H, W, C]; see :func:`errseg.ops.depthwise_conv`."""
     channels, padding = x.shape[-1], weight.shape[-1] // 2
     image = x.flatten(0, 1).permute(0, 3, 1, 2)
-    if x.device.type == "cpu" and weight.requires_grad and len(image) > TRAINED_MAPS:
+    trained = torch.is_grad_enabled() and weight.requires_grad
+    if x.device.type == "cpu" and trained and len(image) > TRAINED_MAPS:
         parts = image.split(TRAINED_MAPS)
         out = torch.cat([F.conv2d(part, weight, bias, padding=padding, groups=channels) for part in parts])
     else:
