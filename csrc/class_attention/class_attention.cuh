@@ -370,6 +370,7 @@ __device__ __forceinline__ void project_head(float (&sums)[H::kHead / 8][4], con
                 sums[n][2 * half] += pair.low, sums[n][2 * half + 1] += pair.high;
             }
     }
+    __syncwarp();  // products follow
 }
 
 template <typename H>
@@ -475,11 +476,13 @@ struct Units {
     }
 };
 
+// NaN stays NaN, and lets gradients through.
 __device__ __forceinline__ float relu6(float v) {
-    return fminf(fmaxf(v, 0.0f), 6.0f);
+    v = v < 0.0f ? 0.0f : v;
+    return v > 6.0f ? 6.0f : v;
 }
 __device__ __forceinline__ bool relu6_moves(float v) {
-    return v > 0.0f && v < 6.0f;
+    return !(v <= 0.0f || v >= 6.0f);
 }
 
 // What the MLP gives for normalised rows, without its last bias; 16 units at a time, for want of registers.
@@ -623,6 +626,7 @@ __device__ __forceinline__ void store_units(const Units<typename H::Number>& uni
             Pair<T>{units_grad.values[n][i], units_grad.values[n][i + 1]}.store(to + hidden);
         }
     }
+    __syncwarp();  // products follow
 }
 
 // The gradient of normalised rows from that of what the MLP gives, both in shared memory.
@@ -758,6 +762,7 @@ __device__ __forceinline__ void attend_bwd(const Rows<H>& rows, const HeadArrays
                 statistics[half].log_sum = mixture.log_sum(half);
                 if (threadIdx.x % 4 == 0) arrays.statistics[rows.first + sum_row(half)] = statistics[half];
             }
+            __syncwarp();  // products follow
         }
         float query_grad[kHead / 8][4] = {};
         for (int key = rows.start(); key < rows.end(plan); key += kKeyStep)

@@ -46,13 +46,6 @@ struct Tensors {
     Weight key_weight() const { return {key, heads, one()}; }
     Weight value_weight() const { return {value, heads, one()}; }
     Weight out_weight() const { return {out, one(), heads}; }
-
-    template <typename S>
-    std::vector<S> scales(const std::optional<Tensor>& mask) const {
-        std::vector<S> read(batch * pixels, S(1));
-        if (mask) reader<S>(*mask, "drop_path")(*mask, 0, batch * pixels, read.data());
-        return read;
-    }
 };
 
 /// Some pixels of an image.
@@ -76,7 +69,7 @@ class Mixer {
           out_(t.out_weight().template forward<E>()),
           value_bias_(read_bias<S>(t.value_bias, t.heads)),
           out_bias_(read_bias<S>(t.out_bias, t.one())),
-          scales_(t.scales<S>(t.drop_attention)) {}
+          scales_(read_scales<S>(t.drop_attention, t.batch * t.pixels)) {}
 
     struct Workspace {
         Workspace(const Tensors& t, const Kernels<T, E>& kernels, int64_t rows, int64_t queries)
@@ -182,7 +175,7 @@ void forward(const Tensors& t, const T* x, double eps, const Kernels<T, E>& kern
     using S = Computed<T>;
     const Mixer<T, E> mixer(t, eps, kernels);
     const GatedMlp<T, E> mlp(t.mlp, kernels);
-    const std::vector<S> scales = t.scales<S>(t.drop_mlp);
+    const std::vector<S> scales = read_scales<S>(t.drop_mlp, t.batch * t.pixels);
     const int64_t most = t.pixels_of_a_tile(), c = t.channels;
     const int64_t queries = std::min(t.classes, queries_of_a_tile(t.classes));
     torch::stable::parallel_for(0, t.batch * t.tiles(), 1, [&](int64_t begin, int64_t end) {
@@ -222,7 +215,7 @@ class Backward {
           key_(t.key_weight().template backward<S>()),
           value_(t.value_weight().template backward<S>()),
           out_(t.out_weight().template backward<S>()),
-          scales_(t.scales<S>(t.drop_mlp)),
+          scales_(read_scales<S>(t.drop_mlp, t.batch * t.pixels)),
           grad_(data<T>(grad)),
           pooled_(data<T>(pooled)),
           d_query_(places_.take(t.heads, t.one())),
@@ -340,16 +333,17 @@ class Backward {
             kernels_.load(work.du.data() + row * t_.channels, t_.channels, mixer_.scale(at, row),
                           grad.from_row(row));
         d_out_.add(kernels_, grad, m.mixture.tile(), rows, sums);
-        sum_rows(grad, d_out_bias_, rows, sums);
+        d_out_bias_.sum_rows(backward_, grad, rows, sums);
         multiply<Kernels<T, S>, S, S>(kernels_, grad, out_, nullptr, work.d_mixture, rows);
         for (int64_t pixel = 0; pixel < at.count; ++pixel) attend(pixel * t_.classes, rows, work);
         d_query_.add(kernels_, d_query, z, rows, sums);
         d_key_.add(kernels_, d_key, z, rows, sums);
         d_value_.add(kernels_, d_value, z, rows, sums);
-        sum_rows(d_value, d_value_bias_, rows, sums);
+        d_value_bias_.sum_rows(backward_, d_value, rows, sums);
         for (int64_t pixel = 0; pixel < at.count; ++pixel) {
-            add_text(d_query.from_row(pixel * t_.classes), d_query_text_, texts);
-            add_text(d_key.from_row(pixel * t_.classes), d_key_text_, texts);
+            const int64_t first = pixel * t_.classes;
+            d_query_text_.add_rows(kernels_, d_query.from_row(first), 0, t_.classes, texts);
+            d_key_text_.add_rows(kernels_, d_key.from_row(first), 0, t_.classes, texts);
         }
         multiply<Kernels<T, S>, S, S>(kernels_, d_query, query_, nullptr, work.dz, rows);
         multiply<Kernels<T, S>, S, S>(kernels_, d_key, key_, nullptr, work.dz, rows, true);
@@ -375,17 +369,6 @@ class Backward {
                      of_head(work.d_query, row), of_head(work.d_key, 0), of_head(work.d_value, 0)},
                     std::min(work.queries, t_.classes - row));
         }
-    }
-
-    void sum_rows(Tile<S> tile, const Gradient& bias, int64_t rows, S* sums) const {
-        for (int64_t p = 0; p < panels_of(bias.inputs.columns()); ++p)
-            backward_.sum_rows(tile.panel(p), rows, sums + bias.start + p * kPanel);
-    }
-
-    void add_text(Tile<S> of_pixel, const Gradient& text, S* sums) const {
-        for (int64_t p = 0; p < panels_of(text.inputs.columns()); ++p)
-            kernels_.add_rows(of_pixel.panel(p), kPanel, t_.classes, nullptr,
-                              sums + text.start + p * text.rows * kPanel);
     }
 
     void write_text(const Totals<S>& totals, const Gradient& text, int64_t image, T* to) const {

@@ -19,6 +19,7 @@
 
 #include "common/device.cuh"
 #include "common/mma.cuh"
+#include "common/split.cuh"
 
 namespace errseg::class_votes {
 
@@ -34,8 +35,6 @@ constexpr float kSmallestLength = 1e-12f;
 constexpr size_t kScratchBytes = 32 << 20;
 
 static_assert(kWarpPixels * (kWarps / kWarpsAcross) == kPixels && kWarpWords * kWarpsAcross == kWords);
-
-enum class Number { kFloat32, kFloat64, kFloat16, kBFloat16 };
 
 struct Embeddings {
     const void* data;
@@ -124,52 +123,6 @@ struct Top {
     }
 };
 
-template <typename T>
-struct alignas(sizeof(T) * kVector) Neighbours {
-    T values[kVector];
-};
-
-template <typename To, typename T>
-__device__ __forceinline__ To convert(T value) {
-    if constexpr (std::is_same_v<To, T>) {
-        return value;
-    } else {
-        return static_cast<To>(widen(value));
-    }
-}
-
-// The first `valid` of kVector neighbours, zero beyond; in one access where `aligned` allows it.
-template <typename To, typename T>
-__device__ __forceinline__ void load(To (&result)[kVector], const T* from, int valid, bool aligned) {
-    if (aligned && valid >= kVector) {
-        const auto values = *reinterpret_cast<const Neighbours<T>*>(from);
-#pragma unroll
-        for (int i = 0; i < kVector; ++i) result[i] = convert<To>(values.values[i]);
-    } else {
-#pragma unroll
-        for (int i = 0; i < kVector; ++i) result[i] = i < valid ? convert<To>(from[i]) : narrow<To>(0.0f);
-    }
-}
-
-// The leading part of some numbers, two to a register, which is removed from them: the parts add up to the
-// number.
-template <typename Part>
-__device__ __forceinline__ void take_part(uint32_t (&packed)[kVector / 2], float (&values)[kVector]) {
-#pragma unroll
-    for (int i = 0; i < kVector; i += 2) {
-        const Part low = narrow<Part>(values[i]), high = narrow<Part>(values[i + 1]);
-        packed[i / 2] = pack(low, high);
-        values[i] -= widen(low), values[i + 1] -= widen(high);
-    }
-}
-
-// Of numbers that are their only part.
-template <typename Part>
-__device__ __forceinline__ void take_part(uint32_t (&packed)[kVector / 2], Part (&values)[kVector]) {
-#pragma unroll
-    for (int i = 0; i < kVector; i += 2) packed[i / 2] = pack(values[i], values[i + 1]);
-}
-
 constexpr int kPixelTiles = kWarpPixels / 16, kWordTiles = kWarpWords / 8;  // of one warp, m16n8k16
 // A thread has two rows of each product, so it ranks words for that many pixels.
 constexpr int kLists = kPixelTiles * 2;
@@ -252,7 +205,7 @@ struct Stage {
         const T* from = all + size_t(unsigned(first + row(0))) * stride + unsigned(d);
 #pragma unroll
         for (int i = 0; i < kRows; ++i, from += size_t(How::kStep) * stride)
-            load(rows[i], from, first + row(i) < end ? channels - d : 0, aligned);
+            load_neighbours(rows[i], from, first + row(i) < end ? channels - d : 0, aligned);
     }
 
     template <int kRows>

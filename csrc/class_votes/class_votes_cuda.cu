@@ -7,13 +7,7 @@ namespace {
 class_votes::Embeddings embeddings(const Tensor& tensor, const char* name) {
     class_votes::Embeddings result{};
     visit_device_floating(tensor, name, [&](auto tag) {
-        using T = typename decltype(tag)::type;
-        using class_votes::Number;
-        const Number type = std::is_same_v<T, double> ? Number::kFloat64
-                            : std::is_same_v<T, half> ? Number::kFloat16
-                            : std::is_same_v<T, bf16> ? Number::kBFloat16
-                                                      : Number::kFloat32;
-        result = {tensor.const_data_ptr(), type};
+        result = {tensor.const_data_ptr(), number_of<typename decltype(tag)::type>};
     });
     return result;
 }

@@ -96,7 +96,10 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
     if (shared_bytes > kDefaultSharedBytes) {
         const cudaError_t error =
             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
-        if (error != cudaSuccess) return error;
+        if (error != cudaSuccess) {
+            cudaGetLastError();  // takes it back: the next launch would report it
+            return error;
+        }
     }
     kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Parameters>(arguments)...);
     return cudaGetLastError();

@@ -159,9 +159,9 @@ __device__ __forceinline__ void add_query_grad(float (&query_grad)[kHead / 8][4]
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const Statistics& s = own[i / 2];
+            const float share = exp2_of(scores[n][i] * scale - s.log_sum);
             const bool seen = sees(i / 2, sum_column(n) + i % 2);
-            const float share = seen ? exp2_of(scores[n][i] * scale - s.log_sum) : 0.0f;
-            score_grads[n][i] = share * (score_grads[n][i] - s.delta);
+            score_grads[n][i] = (seen ? share : 0.0f) * (score_grads[n][i] - s.delta);
         }
     mix<T, kHead>(query_grad, score_grads, key);
 }
@@ -183,11 +183,13 @@ __device__ __forceinline__ void add_key_grads(float (&key_grad)[kHead / 8][4],
             const Statistics s = statistics(sum_column(n) + i);
 #pragma unroll
             for (int j = i; j < 4; j += 2) {
+                const float share = exp2_of(shares[n][j] * scale - s.log_sum);
                 const bool seen = sees(j / 2, sum_column(n) + i);
-                shares[n][j] = seen ? exp2_of(shares[n][j] * scale - s.log_sum) : 0.0f;
+                shares[n][j] = seen ? share : 0.0f;
                 score_grads[n][j] = shares[n][j] * (score_grads[n][j] - s.delta);
             }
         }
+    __syncwarp();  // statistics may have been looked up by some lanes alone
     mix<T, kHead>(value_grad, shares, mixture_grad);
     mix<T, kHead>(key_grad, score_grads, query);
 }

@@ -11,6 +11,7 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <optional>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -209,17 +210,7 @@ struct Exp<float, kBytes> {
         const V lowest = V{} - 87.f;
         x = x < lowest ? lowest : x;
         const V shifted = x * 1.442695041f + 12582912.f;  // the nearest integer in the low bits
-        const V n = shifted - 12582912.f;
-        V r = x - n * 0.693359375f;
-        r = r + n * 2.12194440e-4f;
-        V p = V{} + 1.9875691500e-4f;
-        p = p * r + 1.3981999507e-3f;
-        p = p * r + 8.3334519073e-3f;
-        p = p * r + 4.1665795894e-2f;
-        p = p * r + 1.6666665459e-1f;
-        p = p * r + 5.0000001201e-1f;
-        p = p * r * r + r + 1.f;
-        return p * (V)(((I)shifted << 23) + 0x3F800000);
+        return exp_remainder(x, shifted - 12582912.f) * (V)(((I)shifted << 23) + 0x3F800000);
     }
 };
 
@@ -284,6 +275,51 @@ struct Softmax {
         }
     }
 };
+
+#if defined(__x86_64__) && defined(__GNUC__)
+/// The same where the processor rounds to bfloat16 itself: exponentials to 18 bits, 8 of which are kept.
+struct SoftmaxPairs {
+    ERRSEG_PAIRS static void run(Scores<float, BFloat16> s) {
+        const int64_t panels = panels_of(s.keys);
+        const float factor = s.scale * 1.442695041f;
+        for (int64_t row = 0; row < s.rows; ++row) {
+            const Tile<float> scores = s.scores.from_row(row);
+            const Tile<BFloat16> to = s.probabilities.from_row(row);
+            __m512 most = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+            for (int64_t p = 0; p < panels; ++p)
+                most = _mm512_max_ps(most, _mm512_max_ps(_mm512_load_ps(scores.panel(p)),
+                                                         _mm512_load_ps(scores.panel(p) + 16)));
+            const float largest = _mm512_reduce_max_ps(most);
+            const __m512 factors = _mm512_set1_ps(factor), shifts = _mm512_set1_ps(largest * factor);
+            __m512 left = _mm512_setzero_ps(), right = left;
+            for (int64_t p = 0; p < panels; ++p) {
+                const __m512 low = exp2(_mm512_fmsub_ps(_mm512_load_ps(scores.panel(p)), factors, shifts));
+                const __m512 high =
+                    exp2(_mm512_fmsub_ps(_mm512_load_ps(scores.panel(p) + 16), factors, shifts));
+                left = _mm512_add_ps(left, low);
+                right = _mm512_add_ps(right, high);
+                _mm512_store_si512(to.panel(p), (__m512i)_mm512_cvtne2ps_pbh(high, low));
+            }
+            const float sum = _mm512_reduce_add_ps(_mm512_add_ps(left, right));
+            s.log_sums[row] = largest * s.scale + std::log(sum);
+            s.inverse_sums[row] = 1 / sum;
+        }
+    }
+
+    /// 2 to the power of numbers up to a little above 0; NaN stays NaN.
+    ERRSEG_PAIRS static __m512 exp2(__m512 x) {
+        x = _mm512_max_ps(_mm512_set1_ps(-150.f), x);
+        const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        const __m512 r = _mm512_sub_ps(x, n);  // in [-1/2, 1/2]
+        __m512 p = _mm512_set1_ps(9.570101434e-03f);
+        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.591786028e-02f));
+        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.402474484e-01f));
+        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.931218147e-01f));
+        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(9.999992614e-01f));
+        return _mm512_scalef_ps(p, n);
+    }
+};
+#endif
 
 /// From scores and log sums to probabilities; from gradients of the probabilities to those of the scores.
 template <typename S, int kBytes>
@@ -497,6 +533,7 @@ struct SumRows {
     }
 };
 
+/// NaN stays NaN, and lets gradients through.
 template <typename S>
 ERRSEG_INLINE S relu6(S x) {
     x = x < 0 ? S(0) : x;
@@ -527,7 +564,7 @@ struct Relu6Backward {
     ERRSEG_INLINE static void run(const S* __restrict values, S* __restrict gradients, int64_t count) {
 #pragma omp simd
         for (int64_t i = 0; i < count; ++i)
-            gradients[i] = values[i] > 0 && values[i] < 6 ? gradients[i] : S(0);
+            gradients[i] = values[i] <= 0 || values[i] >= 6 ? S(0) : gradients[i];
     }
 };
 
@@ -553,7 +590,7 @@ struct GateBackward {
 #pragma omp simd
         for (int64_t i = 0; i < count; ++i) {
             const S g = gate[i], v = value[i], d = hidden[i], opened = relu6(g);
-            gate[i] = g > 0 && g < 6 ? d * v : S(0);
+            gate[i] = g <= 0 || g >= 6 ? S(0) : d * v;
             value[i] = d * opened;
             hidden[i] = opened * v;
         }
@@ -625,11 +662,11 @@ void with_kernels(const Body& body) {
 #if defined(__x86_64__) && defined(__GNUC__)
     if constexpr (std::is_same_v<T, BFloat16>)
         if (vector_bytes() == 64 && __builtin_cpu_supports("avx512bf16"))
-            return body(Kernels<T, T>{MultiplyPairs::run, avx512<Softmax<float, T, 64>>,
-                                      avx512<Normalize<T, float, T>>, avx512<Load<T, float>>,
-                                      avx512<Store<T, float>>, avx512<Round<float, T>>,
-                                      avx512<Rescale<float>>, avx512<DotRows<float>>, avx512<AddRows<float>>,
-                                      avx512<Gate<float, T>>, avx512<Relu6<float>>, avx512<Pool<T, float>>});
+            return body(Kernels<T, T>{MultiplyPairs::run, SoftmaxPairs::run, avx512<Normalize<T, float, T>>,
+                                      avx512<Load<T, float>>, avx512<Store<T, float>>,
+                                      avx512<Round<float, T>>, avx512<Rescale<float>>, avx512<DotRows<float>>,
+                                      avx512<AddRows<float>>, avx512<Gate<float, T>>, avx512<Relu6<float>>,
+                                      avx512<Pool<T, float>>});
 #endif
     body(kernels<T>());
 }
@@ -719,6 +756,14 @@ Lines<S> read_bias(const Tensor& bias, const Heads& heads) {
     return placed;
 }
 
+/// `count` factors of drop path, ones where there are none.
+template <typename S>
+std::vector<S> read_scales(const std::optional<Tensor>& scales, int64_t count) {
+    std::vector<S> read(count, S(1));
+    if (scales) reader<S>(*scales, "drop_path")(*scales, 0, count, read.data());
+    return read;
+}
+
 /// c = (bias +) a @ factor for `rows` rows, or c += a @ factor.
 template <typename K, typename E, typename S>
 void multiply(const K& kernels, Tile<E> a, const Factor<E>& factor, const S* bias, Tile<S> c, int64_t rows,
@@ -759,6 +804,21 @@ struct Gradient {
             for (int64_t m = 0; m < rows / kPanel; ++m)
                 kernels.multiply({left.panel(m), 1, kPanel, kPanel * kPanel, right.panel(n), nullptr,
                                   sums + start + (n * rows + m * kPanel) * kPanel, kPanel, count, true});
+    }
+
+    /// Of a bias: += the sum over `count` rows.
+    template <typename K, typename S>
+    void sum_rows(const K& kernels, Tile<S> tile, int64_t count, S* sums) const {
+        for (int64_t n = 0; n < panels_of(inputs.columns()); ++n)
+            kernels.sum_rows(tile.panel(n), count, sums + start + n * kPanel);
+    }
+
+    /// Rows from `first` on += `count` rows.
+    template <typename K, typename S>
+    void add_rows(const K& kernels, Tile<S> tile, int64_t first, int64_t count, S* sums) const {
+        for (int64_t n = 0; n < panels_of(inputs.columns()); ++n)
+            kernels.add_rows(tile.panel(n), kPanel, count, nullptr,
+                             sums + start + (n * rows + first) * kPanel);
     }
 };
 

@@ -28,22 +28,27 @@
 
 namespace errseg {
 
+/// exp(x - n log 2) for the integer n nearest to x / log 2, of a number or of a vector of them.
+template <typename V>
+ERRSEG_INLINE V exp_remainder(V x, V n) {
+    V r = x - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    V p = V{} + 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    return p * r * r + r + 1.f;
+}
+
 /// exp(x) for x <= 0 to 2 units in the last place, denormals included, in a form that loops vectorise; NaN
 /// stays NaN.
 ERRSEG_INLINE float exp_nonpositive(float x) {
     x = x < -104.f ? -104.f : x;
     const float shifted =
         x * 1.442695041f + 12582912.f;  // 1.5 * 2^23 leaves the nearest integer in the low bits
-    const float n = shifted - 12582912.f;
-    float r = x - n * 0.693359375f;
-    r = r + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.f;
+    const float p = exp_remainder(x, shifted - 12582912.f);
     int32_t exponent;
     std::memcpy(&exponent, &shifted, 4);
     exponent -= 0x4B400000;

@@ -12,6 +12,12 @@ namespace errseg {
 
 enum class Number { kFloat32, kFloat64, kFloat16, kBFloat16 };
 
+template <typename T>
+constexpr Number number_of = std::is_same_v<T, double> ? Number::kFloat64
+                             : std::is_same_v<T, half> ? Number::kFloat16
+                             : std::is_same_v<T, bf16> ? Number::kBFloat16
+                                                       : Number::kFloat32;
+
 // Numbers of a type that is known when the kernel runs.
 struct Numbers {
     const void* data;

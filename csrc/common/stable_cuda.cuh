@@ -13,8 +13,9 @@ inline cudaStream_t current_stream(const Tensor& tensor) {
     return static_cast<cudaStream_t>(stream);
 }
 
-/// Fails with the runtime's words when a launch was refused.
+/// Fails with the runtime's words when a call was refused, which the next launch then does not report again.
 inline void check(cudaError_t error, const char* op) {
+    if (error != cudaSuccess) cudaGetLastError();
     STD_TORCH_CHECK(error == cudaSuccess, op, ": ", cudaGetErrorString(error));
 }
 

@@ -16,10 +16,7 @@ Numbers numbers(const Tensor& tensor, const char* name) {
     visit_device_floating(tensor, name, [&](auto tag) {
         using T = typename decltype(tag)::type;
         expect(!std::is_same_v<T, double>, "float32, float16 or bfloat16", tensor);
-        const Number type = std::is_same_v<T, half>   ? Number::kFloat16
-                            : std::is_same_v<T, bf16> ? Number::kBFloat16
-                                                      : Number::kFloat32;
-        result = {tensor.const_data_ptr(), type};
+        result = {tensor.const_data_ptr(), number_of<T>};
     });
     return result;
 }

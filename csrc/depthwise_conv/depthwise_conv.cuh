@@ -25,6 +25,7 @@
 
 #include "common/async.cuh"
 #include "common/device.cuh"
+#include "common/split.cuh"
 
 namespace errseg::depthwise_conv {
 
@@ -42,9 +43,7 @@ constexpr int kPlainThreads = 256, kPlainRows = 16;
 
 // ---- arguments
 
-enum class Number { kFloat32, kFloat64, kFloat16, kBFloat16 };
-
-// Numbers of any floating type.
+// Numbers of any floating type, read and written one by one.
 struct Numbers {
     void* data = nullptr;
     Number type = Number::kFloat32;
@@ -109,20 +108,29 @@ struct Cut {
     }
     int64_t blocks() const { return units() * channel_blocks; }
 
-    // For the walk; with `gathers` a block may take several maps.
+    // For the walk.
     static Cut walk(const Maps& m, bool gathers) {
         Cut cut{m.count, 1, 1, m.height, ceil_div(m.width, kColumns), ceil_div(m.channels, kChannels)};
         const int64_t blocks = std::max<int64_t>(1, cut.blocks());
         const int most = std::max(1, m.height / kFewestRows);
         cut.rows = ceil_div(m.height, int(std::clamp<int64_t>(kEnoughBlocks / blocks, 1, most)));
         cut.strips = ceil_div(m.height, cut.rows);
-        if (gathers) cut.maps = int(std::clamp<int64_t>(blocks / (2 * kEnoughBlocks), 1, m.count));
+        return gathers ? cut.gathering(m) : cut;
+    }
+    // For the plain kernel, which only gathers.
+    static Cut plain(const Maps& m) {
+        const Cut cut{m.count,    1, ceil_div(m.height, kPlainRows),
+                      kPlainRows, 1, ceil_div(m.channels, kWarpSize)};
+        return cut.gathering(m);
+    }
+
+  private:
+    // With several maps to a block where there are many: what it gathers is stored.
+    Cut gathering(const Maps& m) const {
+        Cut cut = *this;
+        cut.maps = int(std::clamp<int64_t>(cut.blocks() / (2 * kEnoughBlocks), 1, m.count));
         cut.map_groups = ceil_div(m.count, cut.maps);
         return cut;
-    }
-    // For the plain kernel.
-    static Cut plain(const Maps& m) {
-        return {m.count, 1, ceil_div(m.height, kPlainRows), kPlainRows, 1, ceil_div(m.channels, kWarpSize)};
     }
 };
 
@@ -490,20 +498,24 @@ __global__ void __launch_bounds__(kPlainThreads, 4)
     const Maps& m = p.maps;
     const int halo = p.size / 2, taps = p.size * p.size;
     const int c = int(blockIdx.x % cut.channel_blocks) * kWarpSize + threadIdx.x % kWarpSize;
-    const int unit = int(blockIdx.x / cut.channel_blocks), map = unit / cut.strips;
+    const int unit = int(blockIdx.x / cut.channel_blocks), first_map = unit / cut.strips * cut.maps;
+    const int last_map = min(first_map + cut.maps, m.count);
     const int top = unit % cut.strips * cut.rows, bottom = min(top + cut.rows, m.height);
     if (c >= m.channels) return;
-    const S scale = p.scales.data ? p.scales.template read<S>(map) : S(1);
     for (int tap = threadIdx.x / kWarpSize; tap <= taps; tap += kPlainThreads / kWarpSize) {
         const bool bias = tap == taps;
         const int dy = bias ? 0 : tap / p.size - halo, dx = bias ? 0 : tap % p.size - halo;
-        S sum = 0;
-        for (int y = max(top, -dy); y < min(bottom, m.height - dy); ++y)
-            for (int x = max(0, -dx); x < min(m.width, m.width - dx); ++x) {
-                const S grad = widen(p.grad[m.at(map, y, x, c)]);
-                sum += bias ? grad : grad * widen(p.in[m.at(map, y + dy, x + dx, c)]);
-            }
-        p.gathered[(size_t(unit) * (taps + 1) + tap) * m.channels + c] = scale * sum;
+        S total = 0;
+        for (int map = first_map; map < last_map; ++map) {
+            S sum = 0;
+            for (int y = max(top, -dy); y < min(bottom, m.height - dy); ++y)
+                for (int x = max(0, -dx); x < min(m.width, m.width - dx); ++x) {
+                    const S grad = widen(p.grad[m.at(map, y, x, c)]);
+                    sum += bias ? grad : grad * widen(p.in[m.at(map, y + dy, x + dx, c)]);
+                }
+            total += p.scales.data ? p.scales.template read<S>(map) * sum : sum;
+        }
+        p.gathered[(size_t(unit) * (taps + 1) + tap) * m.channels + c] = total;
     }
 }
 

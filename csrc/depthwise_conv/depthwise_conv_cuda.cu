@@ -8,18 +8,12 @@ namespace errseg {
 namespace {
 
 using depthwise_conv::Maps;
-using depthwise_conv::Number;
 using depthwise_conv::Numbers;
 
 Numbers numbers(const Tensor& tensor, const char* name) {
     Numbers result;
-    result.data = const_cast<void*>(tensor.const_data_ptr());
-    visit_floating(tensor, name, [&](auto tag) {
-        using T = typename decltype(tag)::type;
-        result.type = std::is_same_v<T, float>    ? Number::kFloat32
-                      : std::is_same_v<T, double> ? Number::kFloat64
-                      : std::is_same_v<T, Half>   ? Number::kFloat16
-                                                  : Number::kBFloat16;
+    visit_device_floating(tensor, name, [&](auto tag) {
+        result = {const_cast<void*>(tensor.const_data_ptr()), number_of<typename decltype(tag)::type>};
     });
     return result;
 }

@@ -132,8 +132,7 @@ class GatedMlpBackward {
         }
         d_gate_weight.add(kernels_, work.gate.tile(), z, rows, sums);
         d_value_weight.add(kernels_, work.value.tile(), z, rows, sums);
-        for (int64_t p = 0; p < panels_of(d_out_bias.inputs.channels()); ++p)
-            backward_.sum_rows(grad.panel(p), rows, sums + d_out_bias.start + p * kPanel);
+        d_out_bias.sum_rows(backward_, grad, rows, sums);
         errseg::multiply(kernels_, work.gate.tile(), gate_back_, static_cast<S*>(nullptr), dz, rows);
         errseg::multiply(kernels_, work.value.tile(), value_back_, static_cast<S*>(nullptr), dz, rows, true);
     }

@@ -177,30 +177,23 @@ struct Queries {
 template <typename H>
 __device__ __forceinline__ void fetch_weight(char* stage, const void* weight, int first, const Problem& p) {
     using T = typename H::Number;
-    const int lane = threadIdx.x % kWarpSize;
-    T* to = reinterpret_cast<T*>(stage);
-    for (int row = threadIdx.x / kWarpSize; row < H::kWeightRows; row += H::kWarps) {
-        const bool inside = first + row < p.channels;
-        const T* from = static_cast<const T*>(weight) + (inside ? (first + row) * p.channels : 0);
-        if (lane * 8 < p.channels) copy_async(to + row * p.pitch() + lane * 8, from + lane * 8, inside);
-    }
+    fetch_rows<2 * H::kDepth>(reinterpret_cast<T*>(stage), p.pitch(), H::kWeightRows, p.channels,
+                              static_cast<const T*>(weight) + first * p.channels, p.channels,
+                              p.channels - first, p.channels);
 }
 
 // One head of some rows of two tensors [limit, channels], the second one `room` rows behind the first; zeros
 // beyond the limit and beyond the head.
-template <typename T, int kHead, int kThreads>
+template <int kHead, typename T>
 __device__ __forceinline__ void fetch_head(char* stage, const T* one, const T* two, int first, int limit,
                                            int room, int head, const Problem& p) {
-    constexpr int kPieces = kHead / 8, kPitch = kHead + kPadding;
+    constexpr int kPitch = kHead + kPadding;
     const int rows = min(room, ceil_div(limit - first, kKeyStep) * kKeyStep), width = p.head_width();
+    const int from = first * p.channels + head * width;
     T* to = reinterpret_cast<T*>(stage);
-    for (int i = threadIdx.x; i < rows * kPieces; i += kThreads) {
-        const int row = i / kPieces, column = i % kPieces * 8;
-        const bool inside = first + row < limit && column < width;
-        const int from = inside ? (first + row) * p.channels + head * width + column : 0;
-        copy_async(to + row * kPitch + column, one + from, inside);
-        copy_async(to + (room + row) * kPitch + column, two + from, inside);
-    }
+    fetch_rows<kHead / 8>(to, kPitch, rows, kHead, one + from, p.channels, limit - first, width);
+    fetch_rows<kHead / 8>(to + room * kPitch, kPitch, rows, kHead, two + from, p.channels, limit - first,
+                          width);
 }
 
 // ---- products
@@ -233,6 +226,7 @@ __device__ __forceinline__ void project(const uint32_t (&rows)[H::kDepth][4], St
 #pragma unroll
                 for (int half = 0; half < 2; ++half)
                     body(half, column + sum_column(n), sums[n][2 * half], sums[n][2 * half + 1]);
+            __syncwarp();  // products follow
         }
     }
 }
@@ -291,6 +285,7 @@ __device__ __forceinline__ void attend(const Queries<H>& queries, typename H::Nu
         if (log_sums && t >= 0 && threadIdx.x % 4 == 0)
             log_sums[(int64_t(queries.map) * p.heads + head) * p.num_tokens() + t] = mixture.log_sum(half);
     }
+    __syncwarp();  // products follow
 }
 
 // Grid: tiles of queries of all maps.
@@ -307,9 +302,9 @@ __global__ void __launch_bounds__(H::kThreads, H::kBlocks)
         if (i < weights) {
             fetch_weight<H>(stage, p.query_weight, i * H::kWeightRows, p);
         } else if (i -= weights; i < parts) {
-            fetch_head<T, H::kHead, H::kThreads>(
-                stage, static_cast<const T*>(p.key) + keys, static_cast<const T*>(p.value) + keys,
-                i % plan.parts * plan.stage_keys, p.num_keys(), plan.stage_keys, i / plan.parts, p);
+            fetch_head<H::kHead>(stage, static_cast<const T*>(p.key) + keys,
+                                 static_cast<const T*>(p.value) + keys, i % plan.parts * plan.stage_keys,
+                                 p.num_keys(), plan.stage_keys, i / plan.parts, p);
         } else {
             fetch_weight<H>(stage, f.out_weight, (i - parts) * H::kWeightRows, p);
         }
@@ -399,9 +394,9 @@ __global__ void __launch_bounds__(H::kThreads, H::kBlocks)
             fetch_weight<H>(stage, b.out_weight_transposed, i * H::kWeightRows, p);
         } else {
             i -= weights;
-            fetch_head<T, H::kHead, H::kThreads>(
-                stage, static_cast<const T*>(p.key) + keys, static_cast<const T*>(p.value) + keys,
-                i % plan.parts * plan.stage_keys, p.num_keys(), plan.stage_keys, i / plan.parts, p);
+            fetch_head<H::kHead>(stage, static_cast<const T*>(p.key) + keys,
+                                 static_cast<const T*>(p.value) + keys, i % plan.parts * plan.stage_keys,
+                                 p.num_keys(), plan.stage_keys, i / plan.parts, p);
         }
     };
     Stream stages(reinterpret_cast<char*>(tiles + 2 * H::kQueries * p.pitch()), plan.stage_bytes,
@@ -438,9 +433,8 @@ __global__ void __launch_bounds__(kKeyThreads, kHead <= 32 ? 3 : 2)
         const void* one = i ? b.query : p.key;
         const void* two = i ? b.mixture_grad : p.value;
         const int64_t offset = i ? tokens : keys;
-        fetch_head<T, kHead, kKeyThreads>(stage, static_cast<const T*>(one) + offset,
-                                          static_cast<const T*>(two) + offset, i ? (i - 1) * kKeys : first,
-                                          i ? num_tokens : p.num_keys(), kKeys, head, p);
+        fetch_head<kHead>(stage, static_cast<const T*>(one) + offset, static_cast<const T*>(two) + offset,
+                          i ? (i - 1) * kKeys : first, i ? num_tokens : p.num_keys(), kKeys, head, p);
     };
     Stream stages(dynamic_shared(), 2 * kKeys * kPitch * int(sizeof(T)), 1 + ceil_div(num_tokens, kKeys),
                   fetch);

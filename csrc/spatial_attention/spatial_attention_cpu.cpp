@@ -71,13 +71,6 @@ struct Tensors {
                 if (y >= rows * stride || x >= columns * stride) found.push_back(y * width + x);
         return found;
     }
-
-    template <typename S>
-    std::vector<S> scales() const {
-        std::vector<S> read(batch * classes, S(1));
-        if (drop_path) reader<S>(*drop_path, "drop_path")(*drop_path, 0, batch * classes, read.data());
-        return read;
-    }
 };
 
 /// Keys and values out of windows.
@@ -180,7 +173,7 @@ class Forward {
           eps_(static_cast<S>(eps)),
           kernels_(kernels),
           order_(t.order()),
-          scales_(t.scales<S>()),
+          scales_(read_scales<S>(t.drop_path, t.batch * t.classes)),
           reduction_(t, eps, kernels),
           query_(t.query_weight().template forward<E>()),
           out_(t.out_weight().template forward<E>()),
@@ -300,7 +293,7 @@ class Backward {
         : t_(t),
           eps_(static_cast<S>(eps)),
           order_(t.order()),
-          scales_(t.scales<S>()),
+          scales_(read_scales<S>(t.drop_path, t.batch * t.classes)),
           reduction_(t, eps, kernels_),
           query_(t.query_weight().template forward<S>()),
           query_back_(t.query_weight().template backward<S>()),
@@ -415,17 +408,12 @@ class Backward {
         unscale(work, work.d_key, work.reduced.key, work.reduced.key_scales.data(), work.reduced.reduced_key,
                 t_.two(), key_back_, d_key_, sums);
         finish(work, key_parts_back_, d_key_parts_, sums);
-        for (int64_t p = 0; p < panels_of(2 * channels); ++p)
-            kernels_.add_rows(work.d_reduced.panel(p), kPanel, windows, nullptr,
-                              maps + d_key_map_.start + p * d_key_map_.rows * kPanel);
-        for (int64_t p = 0; p < panels_of(t_.heads.columns()); ++p)
-            backward_.sum_rows(work.d_value.panel(p), windows, sums + d_value_bias_.start + p * kPanel);
+        d_key_map_.add_rows(kernels_, work.d_reduced.tile(), 0, windows, maps);
+        d_value_bias_.sum_rows(backward_, work.d_value.tile(), windows, sums);
         unscale(work, work.d_value, work.reduced.value, work.reduced.value_scales.data(),
                 work.reduced.reduced_value, t_.one(), value_back_, d_value_, sums);
         finish(work, value_parts_back_, d_value_parts_, sums);
-        for (int64_t p = 0; p < panels_of(channels); ++p)
-            backward_.sum_rows(work.d_reduced.panel(p), windows,
-                               sums + d_value_reduce_bias_.start + p * kPanel);
+        d_value_reduce_bias_.sum_rows(backward_, work.d_reduced.tile(), windows, sums);
         for (int64_t row = 0; row < t_.pixels; ++row) {
             const int64_t at = (map * t_.pixels + order_[row]) * channels;
             backward_.normalize(work.dz.tile().from_row(row), work.z.tile().from_row(row), channels,
@@ -448,8 +436,7 @@ class Backward {
                        S(1), query.from_row(row));
         }
         d_out_.add(kernels_, grad, mixture, rows, sums);
-        for (int64_t p = 0; p < panels_of(t_.channels); ++p)
-            backward_.sum_rows(grad.panel(p), rows, sums + d_out_bias_.start + p * kPanel);
+        d_out_bias_.sum_rows(backward_, grad, rows, sums);
         multiply<Kernels<T, S>, S, S>(kernels_, grad, out_back_, nullptr, work.d_mixture, rows);
         multiply<Kernels<T, S>, S, S>(kernels_, z, query_, nullptr, query, rows, true);
         for (int64_t head = 0; head < t_.heads.count; ++head) {
@@ -466,9 +453,7 @@ class Backward {
         d_query_.add(kernels_, work.d_query.tile(), z, rows, sums);
         multiply<Kernels<T, S>, S, S>(kernels_, work.d_query, query_back_, nullptr,
                                       work.dz.tile().from_row(first), rows);
-        for (int64_t p = 0; p < panels_of(t_.heads.columns()); ++p)
-            kernels_.add_rows(work.d_query.panel(p), kPanel, rows, nullptr,
-                              maps + d_query_map_.start + (p * d_query_map_.rows + first) * kPanel);
+        d_query_map_.add_rows(kernels_, work.d_query.tile(), first, rows, maps);
     }
 
     /// Backward through reduced * its inverse root mean square @ weight, into work.d_reduced.

@@ -29,6 +29,7 @@ spatial_attention::Problem problem(const Tensor& x, int64_t window, double eps) 
 spatial_attention::Problem problem(const Tensor& x, const Tensor& query_map, const Tensor& key,
                                    const Tensor& value, const Tensor& query_weight, int64_t heads,
                                    int64_t window, double eps) {
+    expect(x.dim() == 5, "x [B, K, H, W, C]", x);
     spatial_attention::Problem p = problem(x, window, eps);
     const int64_t keys = int64_t(p.maps) * p.num_keys() * p.channels;
     p.heads = as_int(heads, "heads");

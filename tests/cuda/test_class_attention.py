@@ -12,7 +12,7 @@ from torch import Tensor
 from errseg.ops import reference
 from errseg.ops.class_attention import OP
 from errseg.ops.cuda import class_attention as host
-from errseg.testing import assert_close
+from errseg.testing import AllocationSpy, assert_close
 from tests.cuda import attention
 from tests.cuda.attention import EPS, HALF, Emulate, assert_all_close, linear, nan
 from tests.cuda.emulated import TYPES
@@ -204,11 +204,14 @@ def test_errors_are_at_most_twice_eager(device: Any, classes: int, dtype: torch.
     attention.assert_all_within_eager_error(NAMES, *runs)
 
 
-def test_every_schedule_device_and_slab_gives_the_same_numbers(device: Any) -> None:
+SCHEDULES = (1, H200), (2, A100), (3, SMALL), (4, (40 << 10, 1)), (5, (227 << 10, 100))
+
+
+def test_every_schedule_device_and_slab_gives_the_same_numbers_where_classes_fill_whole_steps(device: Any) -> None:
     arguments = draw(Shape(2, 16, 4, 7, 48, 2, 40), torch.bfloat16, drop=True)
     grad = gradient_for(arguments)
     first = run(device, arguments, grad)
-    for seed, on in ((1, H200), (2, A100), (3, SMALL), (4, (40 << 10, 1)), (5, (227 << 10, 100))):
+    for seed, on in SCHEDULES:
         assert all(map(torch.equal, run(device, arguments, grad, seed=seed, on=on), first))
     pixel_bytes = 16 * (9 * 48 + 3 * 40) * 2
     for pixels in (1, 4, 9):  # parts of an image, and images
@@ -216,6 +219,16 @@ def test_every_schedule_device_and_slab_gives_the_same_numbers(device: Any) -> N
         assert torch.equal(out, first[0]) and torch.equal(x_grad, first[1])
         for name, got, wanted in zip(NAMES[2:], others, first[2:], strict=True):
             assert_close(got, wanted, 0.01, name)
+
+
+def test_every_schedule_device_and_slab_gives_nearly_the_same_numbers(device: Any) -> None:
+    """Whether the keys of a pixel fall into one step or two depends on where it stands in a block."""
+    arguments = draw(Shape(2, 7, 4, 7, 48, 2, 40), torch.float16, drop=True)
+    grad = gradient_for(arguments)
+    first = run(device, arguments, grad)
+    slabs = ({"slab": pixels * 7 * (9 * 48 + 3 * 40) * 2} for pixels in (1, 4, 9))
+    for options in (*({"seed": seed, "on": on} for seed, on in SCHEDULES), *slabs):
+        assert_all_close(NAMES, run(device, arguments, grad, **options), first, torch.float16, 0.003)
 
 
 @pytest.mark.parametrize("classes", [5, 16, 97])
@@ -273,6 +286,15 @@ def test_an_empty_batch(device: Any) -> None:
     assert not any(g.any() for g in grads)
 
 
+def test_a_launch_of_its_own_makes_the_pooled_map(device: Any) -> None:
+    """The host makes none beside it."""
+    arguments = draw(Shape(1, 5, 4, 6, 32, 2, 24), torch.bfloat16)
+    with pytest.MonkeyPatch.context() as patch, AllocationSpy() as spy:
+        patch.setattr(host, "kernels", Kernels(device))
+        host.forward(*arguments, True)
+    assert [a.shape for a in spy.allocations if a.shape[-1:] == (32,)] == [(1, 5, 2, 3, 32)] * 2
+
+
 def test_under_sanitizers(emulate: Emulate) -> None:
     sanitized = emulate("class_attention", sanitized=True)
     check(sanitized, Shape(1, 7, 3, 5, 48, 2, 40), torch.bfloat16, drop=True, seed=5)
@@ -290,6 +312,34 @@ def test_classes_that_blocks_hold(device: Any) -> None:
     assert most(256, 4, 768, H200) == most(256, 4, 768, A100) == 64
     assert most(128, 4, 384, SMALL) == 80
     assert most(256, 8, 768, (64 << 10, 1)) == 0
+
+
+@pytest.mark.parametrize("name", ["mlp_out_bias", "mlp_gate_bias", "key_text"])
+def test_what_is_no_number_stays_none(device: Any, name: str) -> None:
+    """ReLU6 does not make a number of it; vectorised loops of the reference block its gradient, ours never do."""
+    arguments = draw(Shape(1, 5, 4, 6, 32, 2, 24), torch.bfloat16)
+    arguments[OP.differentiable.index(name)].view(-1)[3] = torch.nan
+    grad = gradient_for(arguments)
+    found, right = run(device, arguments, grad), expected(arguments, grad, torch.float32)
+    assert right[0].isnan().any() and torch.equal(found[0].isnan(), right[0].isnan())
+    for part, got, wanted in zip(NAMES[1:], found[1:], right[1:], strict=True):
+        assert (got.isnan() >= wanted.isnan()).all(), part
+    if name == "mlp_out_bias":
+        assert found[NAMES.index(name)][3] != 0
+
+
+def test_offsets_are_counted_in_64_bits(device: Any) -> None:
+    """Of maps with more than 2^31 numbers."""
+    pixels, classes, channels, heads = 100, 10**6, 64, 2
+    found, tiles = torch.zeros(4, dtype=torch.int64), -(-classes // 64)
+    device("stream_offsets", torch.tensor([pixels, classes, channels, heads]), 99 * tiles + 5, found)
+    row = 99 * classes
+    rows = row * 3 * channels + 2 * channels
+    assert found.tolist() == [rows, rows, row * channels, 99 * heads * classes]
+    batch, classes, channels = 10**7, 96, 128  # maps of one pixel
+    device("row_offsets", torch.tensor([batch, classes, 1, 1, channels]), batch - 1, found)
+    row = (batch - 1) * classes * channels
+    assert found.tolist()[:3] == [row, 4 * row, row]
 
 
 def test_reasons_are_named() -> None:

@@ -127,8 +127,18 @@ def test_without_options(device: Any) -> None:
 
 
 def test_a_block_gathers_from_several_maps(emulate: Emulate) -> None:
-    fewer_blocks = {SOURCE: ("kEnoughBlocks = 384", "kEnoughBlocks = 2")}
-    check(emulate("depthwise_conv", edits=fewer_blocks), (1, 11, 9, 3, 8, 7), seed=4)  # two maps each, one left
+    fewer_blocks = emulate("depthwise_conv", edits={SOURCE: ("kEnoughBlocks = 384", "kEnoughBlocks = 2")})
+    check(fewer_blocks, (1, 11, 9, 3, 8, 7), seed=4)  # two maps each, one left
+    check(fewer_blocks, (1, 11, 9, 3, 5, 7), seed=4, walks=False)
+
+
+def test_what_plain_blocks_gather_does_not_grow_with_the_maps(device: Any) -> None:
+    def megabytes(maps: int) -> float:
+        units = torch.zeros(1, dtype=torch.int64)
+        device("plain_units", maps, 24, 24, 128, units)
+        return int(units) * 50 * 128 * 8 / 2**20
+
+    assert max(map(megabytes, (1, 100, 8 * 847))) < 16
 
 
 def test_random_shapes(device: Any) -> None:

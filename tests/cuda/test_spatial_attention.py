@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from errseg.ops import reference
+from errseg.ops import reference, spatial_windows
 from errseg.ops.cuda import spatial_attention as host
 from errseg.ops.spatial_attention import OP
 from errseg.testing import assert_close
@@ -50,6 +50,7 @@ class Kernels:
         self, x: Tensor, query_map: Tensor, key: Tensor, value: Tensor, query_weight: Tensor, *rest: Any
     ) -> tuple[Tensor, ...]:
         out_weight, out_bias, drop_path, heads, window, eps, training = rest
+        assert drop_path is None or drop_path.data_ptr() % 16 == 0  # as the library wants it
         tokens = -(-x.shape[2] // window) * -(-x.shape[3] // window) * window**2
         out, mixture = (nan(*x.shape, dtype=x.dtype) for _ in range(2))
         log_sums = nan(*x.shape[:2], heads, tokens, dtype=torch.float32)
@@ -186,7 +187,7 @@ def test_log_sums_keys_and_values(device: Any) -> None:
         out, mixture, log_sums, key, value = host.forward(*arguments, True)
         alone, *nothing = host.forward(*arguments, False)
     assert torch.equal(alone, out) and [t.numel() for t in nothing] == [0] * 4
-    foretold = host.fake_saved(*arguments)
+    foretold = spatial_windows.fake_saved(*arguments)
     assert [(t.shape, t.dtype) for t in (mixture, log_sums, key, value)] == [(t.shape, t.dtype) for t in foretold]
     x, query_map, *_, query_weight = (t.double() for t in arguments[:4])
     z = torch.nn.functional.layer_norm(x, x.shape[-1:], eps=EPS)
@@ -200,6 +201,23 @@ def test_log_sums_keys_and_values(device: Any) -> None:
     assert_close(log_sums[there], wanted[there], 2e-3)
     mixed = scores.softmax(-1) @ value.double().unflatten(-1, (2, 16)).transpose(2, 3)
     assert_close(mixture.flatten(2, 3), mixed.transpose(2, 3).flatten(3), 2e-3)
+
+
+def test_a_drop_path_of_any_layout(device: Any) -> None:
+    *arguments, drop_path, heads, eps = draw(Shape(2, 3, 3, 4, 32, 2), torch.bfloat16, drop=True)
+    grad = torch.randn_like(arguments[0])
+    first = run(device, (*arguments, drop_path, heads, eps), grad)
+    strided, transposed = drop_path.repeat_interleave(2, 1)[:, ::2], drop_path.T.contiguous().T
+    shifted = torch.cat([drop_path.new_zeros(1), drop_path.flatten()])[1:].view(drop_path.shape)
+    for other in (strided, transposed, shifted):
+        assert all(map(torch.equal, run(device, (*arguments, other, heads, eps), grad), first))
+
+
+def test_an_empty_batch(device: Any) -> None:
+    arguments = draw(Shape(0, 3, 4, 5, 32, 2), torch.bfloat16)
+    out, *grads = run(device, arguments, torch.empty_like(arguments[0]))
+    assert out.shape == arguments[0].shape
+    assert [g.shape for g in grads] == [t.shape for t in arguments[:12]] and not any(g.any() for g in grads)
 
 
 def test_large_and_small_scores(device: Any) -> None:
@@ -269,14 +287,14 @@ def test_reasons_are_named() -> None:
     assert "got torch.float16" in str(host.can_run(*arguments[:2], arguments[2].half(), *arguments[3:]))
 
 
-FETCHED = "const bool inside = first + row < limit && column < width;"
+FETCHED = "const bool inside = row < known_rows && column < known_columns;"
 BREAKS = {
     "padding not cleared": (
         SOURCE,
         "if (lane < kRows) *reinterpret_cast<uint4*>",
         "if (false) *reinterpret_cast<uint4*>",
     ),
-    "rows beyond the last key": (SOURCE, FETCHED, FETCHED.replace("first + row < limit && ", "")),
+    "rows beyond the last key": (attention.TILES, FETCHED, FETCHED.replace("row < known_rows && ", "")),
     "guidance of the first image": (SOURCE, "int64_t(queries.map / p.num_classes) * p.num_pixels()", "int64_t(0)"),
     "delta without the padding's mask": (SOURCE, "if (n * 8 < width && pixel >= 0) {", "if (pixel >= 0) {"),
     "delta left out for keys": (SOURCE, "Statistics{log_sums[token], deltas[token]}", "Statistics{log_sums[token]}"),

@@ -108,6 +108,20 @@ def test_a_loss_that_is_not_a_number_stays_so() -> None:
     assert ops.upsample_bce(logits, ids, target, vocabulary_size=11, backend="cpu").isnan()
 
 
+@pytest.mark.parametrize("bias", ["fc1_bias", "fc3_bias"])
+@pytest.mark.parametrize("op", ["gated_mlp", "class_attention"])
+def test_what_is_no_number_stays_none_in_relu6(op: str, bias: str) -> None:
+    """Gradients pass it, as in the reference's plain loops."""
+    call = sample(op).to(torch.float32)
+    place = getattr(getattr(call.args[-1], "mlp", call.args[-1]), bias)
+    place[3] = torch.nan
+    found, wanted = call(backend="cpu"), call(backend="reference")
+    assert wanted.isnan().any() and torch.equal(found.isnan(), wanted.isnan())
+    place.requires_grad_()
+    call(backend="cpu").sum().backward()
+    assert place.grad is not None and place.grad[3].isfinite() and place.grad[3] != 0
+
+
 @pytest.fixture
 def threads() -> Iterator[None]:
     before = torch.get_num_threads()

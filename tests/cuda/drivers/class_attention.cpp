@@ -103,3 +103,45 @@ extern "C" const char* most_classes(const int64_t* on, const int64_t* s, int64_t
         return cudaSuccess;
     });
 }
+
+// Runs body() as one thread of a block.
+template <typename Body>
+static const char* in_block(int64_t block, const Body& body) {
+    return driver::guarded(0, [&] {
+        emulator::run(1, 1, 0, [&] {
+            emulator::machine().block_index = {unsigned(block), 0, 0};
+            body();
+        });
+        return cudaSuccess;
+    });
+}
+
+// Where a block of the stream finds queries, their gradient, the mixture's gradient and its statistics.
+extern "C" const char* stream_offsets(const int64_t* s, int64_t block, int64_t* result) {
+    using T = errseg::half;
+    T* const base = reinterpret_cast<T*>(result);
+    op::Attention a{errseg::Number::kFloat16, int(s[0]), int(s[1]), int(s[2]), int(s[3])};
+    a.rows = a.mixture_grad = a.rows_grad = base;
+    return in_block(block, [&] {
+        const op::Share<T, 32> share(a);
+        result[0] = share.rows(op::kQuery) - base, result[1] = share.rows_grad(op::kQuery) - base;
+        result[2] = share.mixture_grad() - base, result[3] = share.of_statistics();
+    });
+}
+
+// Where the first row of a block of one pixel stands: among rows of channels, in maps before pooling, in guidance.
+extern "C" const char* row_offsets(const int64_t* s, int64_t block, int64_t* result) {
+    using H = op::How<errseg::half, 8, 32>;
+    const auto* base = reinterpret_cast<const H::Number*>(result);
+    op::Problem p{};
+    p.batch = int(s[0]), p.num_classes = int(s[1]), p.height = int(s[2]), p.width = int(s[3]);
+    p.channels = int(s[4]), p.heads = 1, p.key_text = base;
+    op::Plan plan{};
+    plan.count = p.batch * p.area(), plan.pixels = 1;
+    return in_block(block, [&] {
+        const op::Rows<H> rows(p, plan);
+        result[0] = rows.own_row * p.channels;
+        result[1] = rows.corner(rows.own_place, 2 * p.height, 2 * p.width);
+        result[2] = rows.added(op::kKey, rows.own_place) - base;
+    });
+}

@@ -7,10 +7,10 @@ extern "C" const char* class_votes(int64_t seed, int64_t pixel_type, int64_t wor
                                    int64_t channels, int64_t num_pixels, int64_t num_words,
                                    int64_t multiprocessors, int64_t most_tiles) {
     namespace op = errseg::class_votes;
-    static_assert(int64_t(op::Number::kBFloat16) == driver::kBFloat16);
+    static_assert(int64_t(errseg::Number::kBFloat16) == driver::kBFloat16);
     return driver::guarded(seed, [&] {
-        op::Problem problem{{pixels, op::Number(pixel_type)},
-                            {words, op::Number(word_type)},
+        op::Problem problem{{pixels, errseg::Number(pixel_type)},
+                            {words, errseg::Number(word_type)},
                             int(word_stride),
                             int(batch),
                             int(channels),

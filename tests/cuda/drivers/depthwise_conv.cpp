@@ -6,10 +6,10 @@ namespace op = errseg::depthwise_conv;
 
 namespace {
 
-static_assert(int64_t(op::Number::kBFloat16) == driver::kBFloat16);
+static_assert(int64_t(errseg::Number::kBFloat16) == driver::kBFloat16);
 
 op::Numbers numbers(void* data, int64_t type) {
-    return {data, op::Number(type)};
+    return {data, errseg::Number(type)};
 }
 
 }  // namespace
@@ -58,4 +58,11 @@ extern "C" const char* gather(int64_t seed, int64_t type, int64_t weight_type, c
             return op::run(p, nullptr);
         });
     });
+}
+
+// Units that the plain kernel gathers in.
+extern "C" const char* plain_units(int64_t maps, int64_t height, int64_t width, int64_t channels,
+                                   int64_t* result) {
+    *result = op::Cut::plain({int(maps), int(height), int(width), int(channels)}).units();
+    return nullptr;
 }
