@@ -26,7 +26,7 @@ from errseg.verify.checks import compare_labels
 
 OPS = (
     *("class_votes", "select_classes", "cost_volume", "cost_embedding"),
-    *("spatial_attention", "gated_mlp", "depthwise_conv", "class_attention", "upsample_residual"),
+    *("spatial_attention", "gated_mlp", "depthwise_conv", "class_attention", "upsample_residual", "up_step"),
 )
 # Share of the pixels whose votes rounding may move.
 MOVED_PIXELS = {torch.float32: 0.005, torch.float16: 0.02, torch.bfloat16: 0.05}

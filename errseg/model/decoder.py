@@ -10,18 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from errseg import ops
 from errseg.model.channels_last import conv_norm_relu, double_size, one_channel
 from errseg.model.clip import DenseFeatures
 from errseg.model.config import DecoderConfig
+from errseg.model.folding import Foldable
 from errseg.model.guidance import Guidance
 from errseg.model.published import check_state_dict, decoder_config
 from errseg.model.rrca import RRCA
 from errseg.model.rrhc import RRHC
 from errseg.model.streams import alongside, join
 from errseg.ops.checks import expect, expect_class_ids
+from errseg.ops.up_step import GROUP_CHANNELS
 
 UNSELECTED_LOGIT = -100.0
-GROUP_CHANNELS = 8  # of every GroupNorm in the up-decoder
 CLASSES_AT_ONCE = 8  # through the up-decoder, in inference on a CPU: its maps are the largest of all
 
 
@@ -39,7 +41,7 @@ class DecoderOutput(NamedTuple):
         return dense.scatter_(1, index, self.logits)
 
 
-class UpStep(nn.Module):
+class UpStep(Foldable):
     """Bring maps up, add guidance, and refine with two convolutions, each GroupNorm and ReLU."""
 
     def __init__(self, in_channels: int, guidance_channels: int, channels: int, *, upsample: bool) -> None:
@@ -53,17 +55,35 @@ class UpStep(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.norm2 = nn.GroupNorm(channels // GROUP_CHANNELS, channels)
 
+    def published_params(self, *norms: nn.LayerNorm) -> ops.UpStepParams:
+        """The published tensors as the op takes them."""
+        tensors = dict(self.named_parameters())
+        return ops.UpStepParams(**{name.replace("up_conv", "up").replace(".", "_"): t for name, t in tensors.items()})
+
     def forward(self, x: Tensor, guidance: Tensor) -> Tensor:
-        """x [B K, C, H, W], guidance [B, G, H', W'] -> [B K, C', H', W'], H' = H or 2H.
+        """x [B, K, H, W, C], guidance [B, G, H', W'] -> [B, K, H', W', C'], H' = H or 2H.
+
+        A CPU goes layer by layer: faster there than the op's reference, and less is kept for the backward pass.
+        """
+        return self.by_layers(x, guidance) if x.device.type == "cpu" else self.by_op(x, guidance)
+
+    def by_op(self, x: Tensor, guidance: Tensor) -> Tensor:
+        """The step as one op."""
+        return ops.up_step(x, guidance, self.params(), eps=self.norm1.eps)
+
+    def by_layers(self, x: Tensor, guidance: Tensor) -> Tensor:
+        """The step layer by layer.
 
         The first convolution runs over [x, guidance]; its guidance part is the same for every class of an image
-        and is computed once.
+        and is computed once for all that come together.
         """
-        up = double_size(self.up_conv, x)
+        maps = x.flatten(0, 1).permute(0, 3, 1, 2)  # channels last in memory
+        up = double_size(self.up_conv, maps)
         own, shared = self.conv1.weight.split((up.shape[1], guidance.shape[1]), dim=1)
         by_image = F.conv2d(guidance.contiguous(memory_format=torch.channels_last), shared, padding=1)
         mixed = conv_norm_relu(up, own, self.norm1, by_image)
-        return conv_norm_relu(mixed, self.conv2.weight, self.norm2)
+        refined = conv_norm_relu(mixed, self.conv2.weight, self.norm2)
+        return refined.permute(0, 2, 3, 1).unflatten(0, x.shape[:2])
 
 
 class Upsampler(nn.Module):
@@ -84,11 +104,9 @@ class Upsampler(nn.Module):
         return self._upsample(x, guidance)
 
     def _upsample(self, x: Tensor, guidance: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        batch_and_classes = x.shape[:2]
-        maps = x.flatten(0, 1).permute(0, 3, 1, 2)  # channels last in memory
         for step, step_guidance in zip(self.steps, guidance, strict=True):
-            maps = step(maps, step_guidance)
-        return one_channel(self.head, maps).unflatten(0, batch_and_classes)
+            x = step(x, step_guidance)
+        return one_channel(self.head, x.flatten(0, 1).permute(0, 3, 1, 2)).unflatten(0, x.shape[:2])
 
 
 class Decoder(nn.Module):
@@ -154,6 +172,9 @@ class Decoder(nn.Module):
         self.eval()
         self.rrhc.embedding.keep_folded()
         self.rrca.keep_folded()
+        for step in self.upsampler.steps:
+            assert isinstance(step, UpStep)
+            step.keep_folded()
 
     @classmethod
     def from_published(cls, state_dict: Mapping[str, Tensor], prefix: str = "", num_heads: int = 4) -> Decoder:

@@ -14,6 +14,7 @@ from errseg.ops.gated_mlp import FoldedGatedMLP, GatedMLPParams, gated_mlp
 from errseg.ops.reduce_vocabulary import reduce_vocabulary
 from errseg.ops.select_classes import select_classes
 from errseg.ops.spatial_attention import FoldedSpatialAttention, SpatialAttentionParams, spatial_attention
+from errseg.ops.up_step import FoldedUpStep, UpStepParams, up_step
 from errseg.ops.upsample_argmax import upsample_argmax
 from errseg.ops.upsample_bce import upsample_bce
 from errseg.ops.upsample_residual import upsample_residual
@@ -29,9 +30,11 @@ __all__ = [
     "FoldedCostEmbedding",
     "FoldedGatedMLP",
     "FoldedSpatialAttention",
+    "FoldedUpStep",
     "GatedMLPParams",
     "Op",
     "SpatialAttentionParams",
+    "UpStepParams",
     "backends",
     "class_attention",
     "class_votes",
@@ -42,6 +45,7 @@ __all__ = [
     "reduce_vocabulary",
     "select_classes",
     "spatial_attention",
+    "up_step",
     "upsample_argmax",
     "upsample_bce",
     "upsample_residual",

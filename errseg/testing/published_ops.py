@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from errseg.ops import UpStepParams
 from errseg.testing.published_decoder import (
     ClassBlock,
     SpatialAttention,
+    UpDecoderStep,
     published_cost_volume,
     published_dense,
     published_loss,
@@ -124,6 +126,34 @@ def upsample_residual(call: Sample) -> Tensor:
     return residual + image.unflatten(0, x.shape[:2]).permute(0, 1, 3, 4, 2)
 
 
+def up_step(call: Sample) -> Tensor:
+    """The upsampled map with the guidance, repeated for every class and concatenated, through both convolutions."""
+    x, guidance, p = call.args
+    with torch.device("meta"):
+        up: torch.nn.Module = torch.nn.Conv2d(x.shape[4], len(p.up_bias), 1)
+        if p.up_weight.shape[-1] == 2:
+            up = torch.nn.ConvTranspose2d(x.shape[4], len(p.up_bias), 2, stride=2)
+        step = UpDecoderStep(up, len(p.up_bias), guidance.shape[1])
+    tensors = published_up_step(p)
+    maps = x.permute(0, 1, 4, 2, 3).flatten(0, 1).contiguous()
+    maps = torch.func.functional_call(step, tensors, (maps, guidance))
+    return maps.unflatten(0, x.shape[:2]).permute(0, 1, 3, 4, 2)
+
+
+def published_up_step(p: UpStepParams) -> dict[str, Tensor]:
+    """The tensors of a step by their published names."""
+    return {
+        "up_conv.weight": p.up_weight,
+        "up_conv.bias": p.up_bias,
+        "textual_fusion.0.weight": p.conv1_weight,
+        "textual_fusion.1.weight": p.norm1_weight,
+        "textual_fusion.1.bias": p.norm1_bias,
+        "textual_fusion.3.weight": p.conv2_weight,
+        "textual_fusion.4.weight": p.norm2_weight,
+        "textual_fusion.4.bias": p.norm2_bias,
+    }
+
+
 class _GivenMasks(torch.nn.Module):
     """Drop path whose masks are given, one per call."""
 
@@ -174,6 +204,7 @@ PUBLISHED_OPS: dict[str, Callable[[Sample], Any]] = {
     "spatial_attention": spatial_attention,
     "class_attention": class_attention,
     "upsample_residual": upsample_residual,
+    "up_step": up_step,
     "upsample_argmax": upsample_argmax,
     "upsample_bce": upsample_bce,
 }

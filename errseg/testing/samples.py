@@ -210,6 +210,25 @@ def _upsample_residual(draw: _Draw, s: Sizes, drop_path: bool) -> Sample:
     return Sample(ops.upsample_residual, (low, _tokens(draw, s)), {})
 
 
+def _up_step(draw: _Draw, s: Sizes, drop_path: bool) -> Sample:
+    """A step that doubles the size, to about half the channels; see `of_same_size`."""
+    c, guides = 8 * max(1, s.channels // 16), 5
+    params = ops.UpStepParams(
+        *(draw.linear(s.channels, c, 2, 2), draw(c)),
+        *(draw.linear(c, c + guides, 3, 3), *draw.norm(c)),
+        *(draw.linear(c, c, 3, 3), *draw.norm(c)),
+    )
+    return Sample(ops.up_step, (_tokens(draw, s), draw(s.batch, guides, 2 * s.height, 2 * s.width), params), {})
+
+
+def of_same_size(up_step: Sample) -> Sample:
+    """A call of `up_step` made one whose step is a 1x1 convolution."""
+    x, guidance, params = up_step.args
+    up_weight = params.up_weight[:, :, :1, :1].transpose(0, 1)
+    params = dataclasses.replace(params, up_weight=up_weight)
+    return Sample(up_step.function, (x, guidance[..., : x.shape[2], : x.shape[3]], params), up_step.kwargs)
+
+
 def _upsample_argmax(draw: _Draw, s: Sizes, drop_path: bool) -> Sample:
     logits = draw(s.batch, s.classes, s.height, s.width, scale=3.0)
     size = 3 * s.height + 1, 4 * s.width - 1
@@ -234,6 +253,7 @@ _SAMPLES: dict[str, Callable[[_Draw, Sizes, bool], Sample]] = {
     "spatial_attention": _spatial_attention,
     "class_attention": _class_attention,
     "upsample_residual": _upsample_residual,
+    "up_step": _up_step,
     "upsample_argmax": _upsample_argmax,
     "upsample_bce": _upsample_bce,
 }

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from errseg.testing.samples import Sample, Sizes, map_tensors, sample
+from errseg.testing.samples import Sample, Sizes, map_tensors, of_same_size, sample
 
 WITH_DROP_PATH = ("depthwise_conv", "spatial_attention", "class_attention")
-WITH_CHANNELS = ("cost_embedding", "gated_mlp", "upsample_residual", *WITH_DROP_PATH)
+WITH_CHANNELS = ("cost_embedding", "gated_mlp", "upsample_residual", "up_step", *WITH_DROP_PATH)
 WINDOWED = ("cost_embedding", "spatial_attention", "class_attention")  # need 2 x 2 pixels
 BATCHED = {  # arguments whose first axis is the batch
     "class_votes": ("image_embeddings",),
@@ -26,6 +26,7 @@ BATCHED = {  # arguments whose first axis is the batch
     "spatial_attention": ("x", "guidance", "drop_path"),
     "class_attention": ("x", "text_guidance", "drop_path"),
     "upsample_residual": ("x", "residual"),
+    "up_step": ("x", "guidance"),
     "upsample_argmax": ("logits", "class_ids"),
     "upsample_bce": ("logits", "class_ids", "target"),
 }
@@ -129,6 +130,8 @@ def _small(op: str) -> list[Case]:
     ]
     if op in WITH_DROP_PATH:
         grid.append(Case(op, "drop path", published, drop_path=True))
+        views = ("strided", "transposed")
+        grid += [Case(op, f"{view} views, drop path", odd, view=view, drop_path=True) for view in views]
     grid += _SPECIAL.get(op, list)()
     if op == "upsample_bce":
         grid = [replace(case, draws=4) for case in grid]
@@ -215,6 +218,17 @@ def _special_residual() -> list[Case]:
     ]
 
 
+def _special_up_step() -> list[Case]:
+    op = "up_step"
+    return [
+        Case(op, "the same size", Sizes(), of_same_size),
+        Case(op, "a 1x1 map of the same size", Sizes(height=1, width=1), of_same_size),
+        Case(op, "one row", Sizes(height=1, width=11)),
+        Case(op, "odd channels", Sizes(channels=35)),
+        Case(op, "several tiles", Sizes(batch=1, classes=2, height=9, width=17, channels=32)),
+    ]
+
+
 def _special_argmax() -> list[Case]:
     op = "upsample_argmax"
     return [
@@ -269,6 +283,7 @@ _SPECIAL: dict[str, Callable[[], list[Case]]] = {
     "cost_embedding": _special_embedding,
     "depthwise_conv": _special_conv,
     "upsample_residual": _special_residual,
+    "up_step": _special_up_step,
     "upsample_argmax": _special_argmax,
     "upsample_bce": _special_loss,
 }
@@ -297,7 +312,23 @@ def _real(op: str) -> list[Case]:
     return cases
 
 
+def _up_steps(model: str, side: int) -> list[Case]:
+    """The three steps of the up-decoder: [H, W, 128] to [H, W, 64], [2H, 2W, 32], [4H, 4W, 16]."""
+    steps = (1, side, 128, of_same_size), (2, side, 64, None), (3, 2 * side, 32, None)
+    grid = []
+    for step, height, channels, change in steps:
+        for classes in PUBLISHED_K if step == 1 else PUBLISHED_K[-1:]:
+            sizes = Sizes(batch=1, classes=classes, height=height, width=height, channels=channels)
+            own, published = _gigabytes("up_step", sizes, None)
+            name = f"{model}, step {step}, {height}x{height}, K {classes}"
+            case = Case("up_step", name, sizes, change, real=True, gigabytes=own, published_gigabytes=published)
+            grid.append(case)
+    return grid
+
+
 def _of_model(op: str, model: str, side: int, dim: int) -> list[Case]:
+    if op == "up_step":
+        return _up_steps(model, side)
     base = Sizes(batch=1, words=847, height=side, width=side, channels=128, heads=4, hidden=384, embed=256, text=dim)
     if op in ("class_votes", "select_classes", "cost_volume"):
         pairs = [(k, t) for t in PUBLISHED_T for k in (PUBLISHED_K if op != "class_votes" else (48,))]
@@ -364,6 +395,7 @@ def _gigabytes(op: str, s: Sizes, label: tuple[int, int] | None) -> tuple[float,
         "spatial_attention": (32 * tokens, 48 * tokens),
         "class_attention": (14 * tokens, 18 * tokens),
         "upsample_residual": (4 * tokens, 6 * tokens),
+        "up_step": (28 * tokens, 36 * tokens),
         "upsample_argmax": (4 * pixels * s.classes + (24 << 20) + 6 * outputs, 3 * outputs * s.classes),
         "upsample_bce": (8 * outputs * s.classes, 3 * outputs * s.words),
     }

@@ -19,7 +19,7 @@ from errseg.testing.published_ops import published
 from errseg.testing.samples import Sample
 from errseg.verify.cases import Case, argument_names
 
-GATED = ("gated_mlp", "class_attention")
+GATED = ("gated_mlp", "class_attention", "up_step")
 GATE_PARTS = 12
 
 

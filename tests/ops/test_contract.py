@@ -23,7 +23,7 @@ def results(value: object) -> tuple[torch.Tensor, ...]:
 def test_every_op_is_there() -> None:
     assert set(ops.OPS) == {
         *("class_votes", "select_classes", "cost_volume", "cost_embedding", "spatial_attention", "gated_mlp"),
-        *("depthwise_conv", "class_attention", "upsample_residual", "upsample_argmax", "upsample_bce"),
+        *("depthwise_conv", "class_attention", "upsample_residual", "up_step", "upsample_argmax", "upsample_bce"),
     }
 
 

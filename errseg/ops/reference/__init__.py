@@ -8,6 +8,7 @@ from errseg.ops.reference.depthwise_conv import depthwise_conv
 from errseg.ops.reference.gated_mlp import gated_mlp
 from errseg.ops.reference.select_classes import select_classes
 from errseg.ops.reference.spatial_attention import spatial_attention
+from errseg.ops.reference.up_step import up_step
 from errseg.ops.reference.upsample_argmax import score_dtype, upsample_argmax
 from errseg.ops.reference.upsample_bce import upsample_bce
 from errseg.ops.reference.upsample_residual import upsample_residual
@@ -23,6 +24,7 @@ __all__ = [
     "score_dtype",
     "select_classes",
     "spatial_attention",
+    "up_step",
     "upsample_argmax",
     "upsample_bce",
     "upsample_residual",
