@@ -49,19 +49,22 @@ def eval(
     from rich.console import Console
 
     from errseg.cli.progress import show_progress
-    from errseg.configs import find_config, load_config
+    from errseg.configs import find_config, load_config, overrides_of
     from errseg.configs.schema import EvalConfig
     from errseg.eval.report import write
     from errseg.eval.runner import evaluate
     from errseg.scale.processes import joined
 
-    path = find_config(config, "eval")
     given = {"model.weights": weights, "data.root": root, "eval.device": device, "eval.out": out}
-    options = [f"{key}={_quoted(str(value))}" for key, value in given.items() if value is not None]
-    options += ["eval.predictions=true"] if predictions else []
-    loaded = load_config(path, EvalConfig, [*options, *(settings or [])])
-    folder = Path(loaded.eval.out) if loaded.eval.out else Path("errseg-eval") / path.stem
+    options = overrides_of(given | {"eval.predictions": predictions or None})
+
+    def read() -> tuple[EvalConfig, Path]:
+        path = find_config(config, "eval")
+        loaded = load_config(path, EvalConfig, [*options, *(settings or [])])
+        return loaded, Path(loaded.eval.out) if loaded.eval.out else Path("errseg-eval") / path.stem
+
     with joined() as processes:
+        loaded, folder = processes.all_or_none(read)
         console = Console(stderr=True, quiet=processes.rank > 0)
         name = "pictures" if processes.count == 1 else f"pictures (process 1 of {processes.count})"
         with show_progress(console, name, lines=True) as report:
@@ -70,13 +73,6 @@ def eval(
             write(result, loaded, folder)
             _show(result, loaded, per_class)
             typer.echo(f"written to {folder}")
-
-
-def _quoted(text: str) -> str:
-    """The text as a YAML string, whatever it looks like."""
-    import json
-
-    return json.dumps(text)
 
 
 def _show(result: Evaluation, config: EvalConfig, per_class: bool) -> None:

@@ -57,6 +57,12 @@ def segment(
         int | None, typer.Option(help="Threads that read and that save pictures; one per core, at most 16.")
     ] = None,
     overlay: Annotated[bool, typer.Option(help="Write overlays with names too.")] = True,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Leave pictures whose results for these words OUT has; other settings are not compared."
+        ),
+    ] = False,
     timings: Annotated[bool, typer.Option("--timings", help="Print the seconds of each stage.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print a JSON object a line: each picture, as it is done, then the sums.")
@@ -95,7 +101,7 @@ def segment(
         ).optimize()
         jobs = Jobs(segmenter, out, overlay, as_json, workers, options, processes)
         jobs.offer(wanted)
-        return files, jobs
+        return jobs.unfinished(files, wanted) if resume else files, jobs
 
     with joined() as processes:
         files, jobs = processes.all_or_none(prepare)

@@ -36,14 +36,12 @@ class Jobs:
     ) -> None:
         from rich.console import Console
 
-        from errseg.data.loader import default_workers
-
         self.segmenter, self.out, self.overlay, self.as_json = segmenter, out, overlay, as_json
-        self.workers = max(1, default_workers() // processes.local_count) if workers is None else workers
+        self.workers = processes.workers if workers is None else workers
         self.options, self.processes = options, processes
         self.console = Console(stderr=True)
         self.quiet = Console(stderr=True, quiet=True) if processes.rank else self.console
-        self.done = self.failed = 0
+        self.done = self.failed = self.kept = 0
         self.summed = processes.count == 1
         self.started: float | None = None
         self.seconds: dict[str, float] = {}
@@ -54,6 +52,25 @@ class Jobs:
 
         with show_progress(self.quiet, "words") as report:
             self.segmenter.set_vocabulary(words, background=self.options["background"], progress=report)
+
+    def unfinished(self, files: list[ImageFile], words: Vocabulary) -> list[ImageFile]:
+        """Pictures whose results for these words are not there yet."""
+        from errseg.data.finished import is_finished
+        from errseg.segmenter import BACKGROUND
+
+        offered = words.words
+        if self.options["background"] and BACKGROUND not in offered:
+            offered = [*offered, BACKGROUND]
+        left = [
+            file
+            for file in files
+            if not is_finished(str(file.path), self._target(file.output), offered, overlay=self.overlay)
+        ]
+        self.kept = len(files) - len(left)
+        return left
+
+    def _target(self, output: str) -> Path:
+        return self.out / f"{output}.labels.png"
 
     def run(self, files: list[ImageFile]) -> None:
         """Segment and save these pictures."""
@@ -91,7 +108,7 @@ class Jobs:
 
     def _save(self, result: Segmentation) -> tuple[list[Path], float]:
         start = time.perf_counter()
-        target = self.out / f"{self.outputs[str(result.source)]}.labels.png"
+        target = self._target(self.outputs[str(result.source)])
         return result.save(target, overlay=self.overlay), time.perf_counter() - start
 
     def _add(self, result: Segmentation, paths: list[Path], seconds: float) -> None:
@@ -119,19 +136,21 @@ class Jobs:
         elapsed = time.perf_counter() - self.started
         rate = self.done / elapsed
         if self.as_json:
-            sums: dict[str, Any] = {"pictures": self.done, "failed": self.failed, "out": str(self.out)}
+            sums: dict[str, Any] = {"pictures": self.done, "failed": self.failed, "kept": self.kept}
+            sums |= {"out": str(self.out)}
             sums |= {"seconds": round(elapsed, 3), "images_per_second": round(rate, 3)}
             sums |= {"processes": self.processes.count} if self.summed else {"process": self.processes.rank}
             self._print_json(sums | ({"timings": dict(self.seconds)} if self.options["timings"] else {}))
             return
         if self.options["timings"]:
             self._print_timings()
-        failed = f", {self.failed} failed" if self.failed else ""
+        others = f", {self.failed} failed" if self.failed else ""
+        others += f", {self.kept} more were there" if self.kept else ""
         speed = f"{elapsed:.3g} s, {rate:.3g} images/s"
         if self.processes.count > 1:
             rank, count = self.processes.rank, self.processes.count
             speed += f", {count} processes" if self.summed else f", process {rank + 1} of {count}"
-        typer.echo(f"{self.done} of {self.done + self.failed} pictures segmented into {self.out}{failed} ({speed})")
+        typer.echo(f"{self.done} of {self.done + self.failed} pictures segmented into {self.out}{others} ({speed})")
 
     def _print_timings(self) -> None:
         from rich.console import Console

@@ -41,18 +41,19 @@ def train(
     from rich.console import Console
 
     from errseg.cli.progress import show_progress
-    from errseg.configs import find_config, load_config
+    from errseg.configs import find_config, load_config, overrides_of
     from errseg.errors import ErrSegError
+    from errseg.scale.processes import speaking_for_the_machine
     from errseg.train.settings import TrainConfig
     from errseg.train.trainer import train as run
 
-    if fused not in (None, "on", "off"):
-        raise ErrSegError(f"--fused: expected on or off, got {fused!r}")
-    path = find_config(config, "train")
-    given = {"model.weights": weights, "data.root": root, "train.device": device, "train.out": out}
-    options = [f"{key}={_quoted(str(value))}" for key, value in given.items() if value is not None]
-    options += [] if fused is None else [f"train.fused={'true' if fused == 'on' else 'false'}"]
-    loaded = load_config(path, TrainConfig, [*options, *(settings or [])])
+    with speaking_for_the_machine():
+        if fused not in (None, "on", "off"):
+            raise ErrSegError(f"--fused: expected on or off, got {fused!r}")
+        path = find_config(config, "train")
+        given = {"model.weights": weights, "data.root": root, "train.device": device, "train.out": out}
+        options = overrides_of(given | {"train.fused": None if fused is None else fused == "on"})
+        loaded = load_config(path, TrainConfig, [*options, *(settings or [])])
     folder = Path(loaded.train.out) if loaded.train.out else Path("errseg-train") / path.stem
     first = os.environ.get("RANK", "0") == "0"
     console = Console(stderr=True)
@@ -66,10 +67,3 @@ def train(
         )
     if first:
         typer.echo(f"written to {model}")
-
-
-def _quoted(text: str) -> str:
-    """The text as a YAML string, whatever it looks like."""
-    import json
-
-    return json.dumps(text)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import json
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,6 +30,15 @@ def find_config(source: str, kind: str) -> Path:
     if source not in known:
         raise ErrSegError(f"{source}: no such file, and no configuration of that name: {', '.join(known)}")
     return known[source]
+
+
+def overrides_of(options: Mapping[str, object]) -> list[str]:
+    """Options of a command line by the setting they stand for, as `load_config` takes them; None: not given."""
+    given = {
+        key: value if isinstance(value, bool) else str(value) for key, value in options.items() if value is not None
+    }
+    # JSON is YAML, and a text stays one, whatever it looks like.
+    return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items()]
 
 
 def load_config(path: Path, schema: type[T], overrides: Sequence[str] = ()) -> T:

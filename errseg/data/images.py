@@ -40,6 +40,7 @@ _DECODER_ERRORS = (
     *(OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, OverflowError, RuntimeError),
     *(struct.error, zlib.error),
 )
+SHORT_EDGE, MAX_EDGE = 800, 1333  # of the published protocol
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
@@ -180,8 +181,7 @@ def to_square(picture: Image.Image, size: int, protocol: str | None = None) -> T
     import torch
 
     if protocol == "published":
-        scale = min(800 / min(picture.size), 1333 / max(picture.size))
-        width, height = (max(1, int(edge * scale + 0.5)) for edge in picture.size)
+        height, width = resized(picture.height, picture.width, SHORT_EDGE, MAX_EDGE)
         picture = picture.resize((width, height), Image.Resampling.BILINEAR)
     # Four bytes a pixel, so that a pixel is one number to gather.
     pixels = np.frombuffer(picture.tobytes("raw", "RGBX"), np.uint32).reshape(picture.height, picture.width)
@@ -196,6 +196,19 @@ def to_square(picture: Image.Image, size: int, protocol: str | None = None) -> T
         rows = _blend(west, east, along)
         square[0, channel] = _blend(rows.take(top, axis=0), rows.take(bottom, axis=0), down[:, None])
     return torch.from_numpy(square)
+
+
+def resized(height: int, width: int, short_edge: int, max_edge: int) -> tuple[int, int]:
+    """Height and width with the shortest edge `short_edge`, but no edge beyond `max_edge`; rounded half up.
+
+    Source: detectron2's ResizeShortestEdge, to the order of its roundings.
+    """
+    scale = short_edge / min(height, width)
+    tall, wide = (short_edge, scale * width) if height < width else (scale * height, short_edge)
+    if max(tall, wide) > max_edge:
+        scale = max_edge / max(tall, wide)
+        tall, wide = tall * scale, wide * scale
+    return max(1, int(tall + 0.5)), max(1, int(wide + 0.5))
 
 
 def _neighbours(edge: int, size: int) -> tuple[IntArray, IntArray, FloatArray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from errseg.data.datasets import Pair
 from errseg.data.labels import replacing
 from errseg.errors import ErrSegError
 
@@ -20,10 +22,13 @@ _NAME = re.compile(r"run(\d{4})-process(\d{4})\.safetensors")
 
 @dataclass
 class Part:
-    """A confusion matrix, the pictures (by stem) that are counted in it, and those that were skipped, with why."""
+    """A confusion matrix, the pictures that are counted in it, and those that were skipped, with why; by stem.
+
+    `done` holds the `file_digest` of each picture's files as they were counted.
+    """
 
     confusion: NDArray[np.int64]
-    done: list[str] = field(default_factory=list)
+    done: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
 
     def save(self, path: Path, key: str) -> None:
@@ -31,7 +36,7 @@ class Part:
         from safetensors.numpy import save
 
         # Names as a tensor, because a header has a size limit.
-        names = json.dumps({"done": self.done, "skipped": self.skipped}).encode()
+        names = json.dumps({"counted": self.done, "skipped": self.skipped}).encode()
         tensors: dict[str, NDArray[Any]] = {"confusion": self.confusion, "names": np.frombuffer(names, np.uint8)}
         with replacing(path) as temporary:
             temporary.write_bytes(save(tensors, metadata={"key": key}))
@@ -48,7 +53,8 @@ def load_part(path: Path, key: str) -> Part:
     try:
         with safe_open(path, framework="np") as file:
             known = (file.metadata() or {}).get("key")
-            confusion, names = file.get_tensor("confusion"), json.loads(file.get_tensor("names").tobytes())
+            names = json.loads(file.get_tensor("names").tobytes())
+            part = Part(file.get_tensor("confusion"), names["counted"], names["skipped"])
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise ErrSegError(f"{path}: damaged ({error}); delete it, its pictures are then evaluated again") from error
     if known != key:
@@ -56,7 +62,7 @@ def load_part(path: Path, key: str) -> Part:
             f"{path} is of another evaluation (other weights, data or settings): "
             "choose another folder with --out, or begin anew with --restart"
         )
-    return Part(confusion, names["done"], names["skipped"])
+    return part
 
 
 def part_files(folder: Path) -> list[Path]:
@@ -80,9 +86,17 @@ def joined_parts(parts: Iterable[Part], size: int) -> Part:
     """The sum of parts; ErrSegError if a picture is in two of them."""
     total = Part(np.zeros((size, size), np.int64))
     for part in parts:
+        if total.done.keys() & part.done.keys():
+            raise ErrSegError("a picture was counted twice: two evaluations share a folder; begin anew with --restart")
         total.confusion += part.confusion
-        total.done += part.done
+        total.done |= part.done
         total.skipped |= part.skipped
-    if len(set(total.done)) != len(total.done):
-        raise ErrSegError("a picture was counted twice: two evaluations share a folder; begin anew with --restart")
     return total
+
+
+def file_digest(pair: Pair) -> str:
+    """Of a label file, to the byte, and of its picture's size; "" where one cannot be read."""
+    try:
+        return f"{hashlib.sha256(pair.label.read_bytes()).hexdigest()[:16]}-{pair.image.stat().st_size}"
+    except OSError:
+        return ""

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,13 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from errseg.configs.schema import DataSettings, EvalConfig, ModelSettings
-from errseg.data.datasets import LabelledSet, Pair, open_benchmark, open_folder
+from errseg.configs.schema import EvalConfig, ModelSettings
+from errseg.data.datasets import LabelledSet, Pair, open_data
 from errseg.data.labels import save_labels
 from errseg.data.overlay import palette
 from errseg.errors import ErrSegError
 from errseg.eval.metrics import Metrics
-from errseg.eval.parts import Part, joined_parts, load_part, next_run, part_files, part_path
+from errseg.eval.parts import Part, file_digest, joined_parts, load_part, part_files, part_path
+from errseg.eval.resuming import PARTS, PREDICTIONS, prediction_path, to_do
 from errseg.scale.processes import Processes
 from errseg.settings import DTYPES, PUBLISHED_WEIGHTS
 
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
     from errseg.segmentation import Segmentation
     from errseg.segmenter import Segmenter
 
-PARTS, PREDICTIONS = "parts", "predictions"
 _SAMPLES = 256  # of every parameter, to tell weights apart
 Report = Callable[[int, int], object]
 
@@ -43,16 +44,6 @@ class Evaluation(NamedTuple):
     pictures: int
     skipped: dict[str, str]
     settings: dict[str, Any]
-
-
-def open_data(settings: DataSettings) -> LabelledSet:
-    """The set that a configuration names; ErrSegError if it names none or two."""
-    if (settings.set is None) == (settings.folder is None):
-        raise ErrSegError("data: give either set (a benchmark) or folder (images/, labels/, classes.txt)")
-    if settings.folder is not None:
-        return open_folder(settings.folder)
-    assert settings.set is not None
-    return open_benchmark(settings.set, settings.root, settings.split)
 
 
 def build_segmenter(config: EvalConfig, processes: Processes) -> Segmenter:
@@ -89,32 +80,41 @@ def evaluate(
     process; the result is that of the first, the others get None.
 
     Raises:
-        ErrSegError: bad settings, data or weights, another evaluation's folder, a file that cannot be read
-            (unless `bad_files` is "skip") or written.
+        ErrSegError: bad settings, data or weights, another evaluation's folder, files that have changed since, a file
+            that cannot be read (unless `bad_files` is "skip") or written. Of several processes the first has it.
+        SystemExit: in the other processes, then.
     """
-    need_torchmetrics()
     processes = processes or Processes()
-    data = open_data(config.data)
-    segmenter = build_segmenter(config, processes)
-    segmenter.set_vocabulary(list(data.words))
+    data, segmenter = processes.all_or_none(partial(_open, config, processes))
     settings = describe(config, data, segmenter)
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    folder = out / PARTS
     # The first process looks, so that all share out the same list whatever the others have begun to write.
-    run, left = processes.agree(_to_do(data, folder, key, restart) if processes.rank == 0 else (0, []))
+    look = partial(to_do, config, data, out, key, restart, processes.workers)
+    run, left = processes.agree(processes.all_or_none(look if processes.rank == 0 else lambda: (0, [])))
     pairs = {pair.stem: pair for pair in data.pairs}
-    job = _Job(config, data, segmenter, out, part_path(folder, run, processes.rank), key)
-    job.run([pairs[stem] for stem in processes.share(left)], progress)
-    processes.wait()
+    job = _Job(config, data, segmenter, out, part_path(out / PARTS, run, processes.rank), key, processes.workers)
+    mine = [pairs[stem] for stem in processes.share(left)]
+    # A mistake in one ends the run when the others have done, and saved, their share.
+    processes.all_or_none(partial(job.run, mine, progress))
     if processes.rank:
         return None
-    total = _collect(data, folder, key)
-    skipped = {stem: line for stem, line in total.skipped.items() if stem not in set(total.done)}
+    total = _collect(data, out / PARTS, key)
+    skipped = {stem: line for stem, line in total.skipped.items() if stem not in total.done}
     return Evaluation(Metrics(total.confusion), data, len(total.done), skipped, settings)
 
 
+def _open(config: EvalConfig, processes: Processes) -> tuple[LabelledSet, Segmenter]:
+    """The set, and the network with its words."""
+    need_torchmetrics()
+    data = open_data(config.data)
+    # The published numbers were measured under PyTorch's own settings: convolutions in TF32, products not.
+    segmenter = build_segmenter(config, processes).optimize(tf32=None)
+    segmenter.set_vocabulary(list(data.words))
+    return data, segmenter
+
+
 def describe(config: EvalConfig, data: LabelledSet, segmenter: Segmenter) -> dict[str, Any]:
-    """Everything that the numbers depend on, as JSON values."""
+    """What the numbers depend on, as JSON values; the files themselves are compared when an evaluation goes on."""
     content = json.dumps([[pair.stem for pair in data.pairs], data.words, data.classes, data.class_of_word])
     return {
         "set": data.name,
@@ -139,19 +139,10 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _to_do(data: LabelledSet, folder: Path, key: str, restart: bool) -> tuple[int, list[str]]:
-    """Number of this run, and the pictures that no earlier run has counted."""
-    if restart:
-        for path in part_files(folder):
-            path.unlink()
-    done = {stem for path in part_files(folder) for stem in load_part(path, key).done}
-    return next_run(folder), [pair.stem for pair in data.pairs if pair.stem not in done]
-
-
 def _collect(data: LabelledSet, folder: Path, key: str) -> Part:
     """The sum of all parts, which must cover the set."""
     total = joined_parts([load_part(path, key) for path in part_files(folder)], len(data.classes))
-    missing = {pair.stem for pair in data.pairs} - set(total.done) - set(total.skipped)
+    missing = {pair.stem for pair in data.pairs} - total.done.keys() - total.skipped.keys()
     if missing:
         raise ErrSegError(f"{len(missing)} pictures were not evaluated, {min(missing)} for one: run it again")
     if not total.confusion.any():
@@ -169,6 +160,7 @@ class _Job:
     out: Path
     path: Path
     key: str
+    workers: int
 
     def run(self, pairs: list[Pair], progress: Report | None) -> None:
         """Count all of them; what was counted is on disk, however this ends."""
@@ -196,7 +188,7 @@ class _Job:
 
         for result in self.segmenter.stream(
             list(by_path),
-            workers=settings.workers,
+            workers=self.workers if settings.workers is None else settings.workers,
             batch_size=settings.batch_size,
             protocol="published" if settings.protocol == "published" else None,
             on_error=skip if settings.bad_files == "skip" else None,
@@ -216,12 +208,15 @@ class _Job:
                 raise
             part.skipped[pair.stem] = str(error)
             return
-        predicted = counts.add(result.labels, truth)
+        predicted = counts.classes(result.labels)
         if self.config.eval.predictions:
             number = len(self.data.classes)
             colours = palette(number) if number <= 255 else None
-            save_labels(predicted, self.out / PREDICTIONS / f"{pair.stem}.png", number, colours)
-        part.done.append(pair.stem)
+            save_labels(predicted.cpu(), prediction_path(self.out / PREDICTIONS, pair.stem, number), number, colours)
+        digest = file_digest(pair)
+        # Last, and at once: what fails before leaves the picture uncounted.
+        counts.add(predicted, truth)
+        part.done[pair.stem] = digest
 
     @contextmanager
     def _kept(self, part: Part, counts: _Counts) -> Iterator[Callable[[], None]]:
@@ -253,12 +248,13 @@ class _Counts:
         self.class_of_word = torch.tensor(list(class_of_word), device=device)
         self.metric = MulticlassConfusionMatrix(num_classes, ignore_index=-1, validate_args=False).to(device)
 
-    def add(self, words: Tensor, truth: np.ndarray) -> Tensor:
-        """Count a picture: words [H, W] predicted, true classes [H, W] with -1 ignored; return predicted classes."""
-        device = self.class_of_word.device
-        predicted = self.class_of_word[words.to(device).long()]
-        self.metric.update(predicted, torch.from_numpy(truth).to(device))
-        return predicted.cpu()
+    def classes(self, words: Tensor) -> Tensor:
+        """Words [H, W] as the classes that they count as, on the device."""
+        return self.class_of_word[words.to(self.class_of_word.device).long()]
+
+    def add(self, predicted: Tensor, truth: np.ndarray) -> None:
+        """Count a picture: predicted classes [H, W] on the device, true classes [H, W] with -1 ignored."""
+        self.metric.update(predicted, torch.from_numpy(truth).to(predicted.device))
 
     def numpy(self) -> np.ndarray:
         confusion = self.metric.confmat

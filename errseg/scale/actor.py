@@ -7,6 +7,8 @@ import io
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import compress
+from operator import not_
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from errseg.vocabulary import Vocabulary
 
 FORMATS = ("parquet", "png")
+_WORDS = "errseg.words"  # metadata of a Parquet file: digest of the vocabulary
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Job:
 
     model, weights, vocabulary (or its file), device: as in `Segmenter`; `segmenter` holds its other settings, `call`
     those of `Segmenter.stream`. Without `out` the label maps are handed on; otherwise they are written there, in
-    `format`.
+    `format`; with `resume`, but for pictures whose results for these words are there.
     """
 
     model: str
@@ -40,6 +43,7 @@ class Job:
     out: str | None = None
     format: str = "parquet"
     overlay: bool = False
+    resume: bool = False
 
 
 class PictureActor:
@@ -49,6 +53,7 @@ class PictureActor:
         self.job = job
         self.segmenter: Segmenter | None = None
         self.problem: ErrSegError | None = None
+        self.earlier: set[str] | None = None  # pictures in Parquet files
         try:
             self.segmenter = _open(job)
         except ErrSegError as error:  # Ray would start it again and again; it is told by the first task
@@ -63,31 +68,64 @@ class PictureActor:
         """
         import pyarrow as pa
 
+        if self.job.out is None:
+            return pa.Table.from_pylist(self._rows(task), schema=row_schema())
         try:
-            rows = self._rows(task)
-            if self.job.out is None:
-                return pa.Table.from_pylist(rows, schema=row_schema())
-            if self.job.format == "parquet":
-                file = _write_parquet(rows, Path(self.job.out))
-                rows = [{"file": file, **row} for row in rows]
+            rows = self._written(task, Path(self.job.out))
         except ErrSegError as error:
-            if self.job.out is None:
-                raise
-            rows = [{"path": None, "file": None, "error": None, "fatal": str(error)}]
+            rows = [{"fatal": str(error)}]
         return pa.Table.from_pylist(rows, schema=written_schema())
+
+    def _written(self, task: Mapping[str, Sequence[Any]], out: Path) -> list[dict[str, Any]]:
+        """Rows of a task's pictures, once what is to be written of them is."""
+        finished = [self.job.resume and self._is_finished(*names) for names in zip(*_names(task), strict=True)]
+        kept = [{"path": str(path), "kept": True} for path, there in zip(task["path"], finished, strict=True) if there]
+        if len(kept) == len(finished):
+            return kept
+        rows = self._rows({name: list(compress(column, map(not_, finished))) for name, column in task.items()})
+        if self.job.format == "parquet":
+            file = _write_parquet(rows, out, self._words())
+            rows = [{"file": file, **row} for row in rows]
+        return rows + kept
+
+    def _is_finished(self, path: str, output: str) -> bool:
+        from errseg.data.finished import is_finished
+
+        assert self.job.out is not None
+        if self.job.format == "parquet":
+            if self.earlier is None:
+                self.earlier = _pictures_in(Path(self.job.out), self._words())
+            return path in self.earlier
+        target = Path(self.job.out, f"{output}.labels.png")
+        return is_finished(path, target, self._words(), overlay=self.job.overlay)
+
+    def _words(self) -> list[str]:
+        """The vocabulary of the results."""
+        from errseg.segmenter import BACKGROUND
+
+        words = self._ready().vocabulary
+        assert words is not None
+        added = [BACKGROUND] if self.job.call["background"] and BACKGROUND not in words.words else []
+        return [*words.words, *added]
+
+    def _ready(self) -> Segmenter:
+        if self.segmenter is None:
+            raise self.problem or ErrSegError("no segmenter")
+        return self.segmenter
 
     def _rows(self, task: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
         from errseg.data.loader import in_order
 
-        if self.segmenter is None:
-            raise self.problem or ErrSegError("no segmenter")
-        rows: list[dict[str, Any]] = [{"path": str(path)} for path in task["path"]]
-        names = [_output_name(str(name)) for name in task.get("output", task["path"])]
+        self._ready()
+        paths, names = _names(task)
+        rows: list[dict[str, Any]] = [{"path": path} for path in paths]
         workers = self.job.call["workers"]
         results = self._segment(_sources(task), rows)
 
         def finish(numbered: tuple[int, Segmentation]) -> dict[str, Any]:
-            return self._finish(numbered[1], names[numbered[0]])
+            number, result = numbered
+            result.source = paths[number]
+            return self._finish(result, names[number])
 
         finished = in_order(finish, results, workers=workers, ahead=workers + 1)
         with closing(finished), closing(results):
@@ -141,10 +179,10 @@ def row_schema() -> pyarrow.Schema:
 
 
 def written_schema() -> pyarrow.Schema:
-    """path; file that holds its labels; error; what stopped it all."""
+    """path; file that holds its labels; error; what stopped it all; whether it was there already."""
     import pyarrow as pa
 
-    return pa.schema([(name, pa.string()) for name in ("path", "file", "error", "fatal")])
+    return pa.schema([*((name, pa.string()) for name in ("path", "file", "error", "fatal")), ("kept", pa.bool_())])
 
 
 def _open(job: Job) -> Segmenter:
@@ -166,6 +204,11 @@ def _sources(task: Mapping[str, Sequence[Any]]) -> list[Any]:
     return [Path(str(path)) for path in task["path"]]
 
 
+def _names(task: Mapping[str, Sequence[Any]]) -> tuple[list[str], list[str]]:
+    """Paths of a task's pictures, and the names for what is made of them."""
+    return [str(path) for path in task["path"]], [_output_name(str(n)) for n in task.get("output", task["path"])]
+
+
 def _output_name(path: str) -> str:
     """The path below the folder of results, whatever it is."""
     parts = PurePath(path.split("://", 1)[-1]).parts
@@ -177,7 +220,7 @@ def _line(path: str, error: ErrSegError) -> str:
     return line if path in line else f"{path}: {line}"
 
 
-def _write_parquet(rows: list[dict[str, Any]], folder: Path) -> str:
+def _write_parquet(rows: list[dict[str, Any]], folder: Path, words: list[str]) -> str:
     """Write a file whole, under a name of its pictures: a task that Ray repeats writes it again, not once more."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -186,6 +229,28 @@ def _write_parquet(rows: list[dict[str, Any]], folder: Path) -> str:
 
     name = hashlib.sha256("\n".join(row["path"] for row in rows).encode()).hexdigest()[:24]
     target = folder / f"{name}.parquet"
+    table = pa.Table.from_pylist(rows, schema=row_schema().with_metadata({_WORDS: _digest(words)}))
     with replacing(target) as temporary:
-        pq.write_table(pa.Table.from_pylist(rows, schema=row_schema()), temporary)
+        pq.write_table(table, temporary)
     return str(target)
+
+
+def _pictures_in(folder: Path, words: list[str]) -> set[str]:
+    """Paths in a folder's Parquet files, but for those with an error; ErrSegError if they are not for these words."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    paths: set[str] = set()
+    for file in sorted(folder.glob("*.parquet")):
+        try:
+            table = pq.read_table(file, columns=["path", "error"])
+        except (OSError, pa.ArrowException) as error:
+            raise ErrSegError(f"{file}: unreadable ({' '.join(str(error).split()):.200}); delete it") from error
+        if (table.schema.metadata or {}).get(_WORDS.encode()) != _digest(words).encode():
+            raise ErrSegError(f"{file} holds label maps for other words: choose another folder")
+        paths.update(row["path"] for row in table.to_pylist() if row["error"] is None)
+    return paths
+
+
+def _digest(words: list[str]) -> str:
+    return hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]

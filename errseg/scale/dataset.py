@@ -27,9 +27,13 @@ _TASKS_PER_ACTOR = 4  # at least, so that a slow one does not hold up the rest
 
 @dataclass
 class Summary:
-    """What `segment_dataset` did: pictures segmented, {path: what is wrong with it} of the others, the seconds."""
+    """What `segment_dataset` did: pictures segmented, {path: what is wrong with it} of the others, the seconds.
+
+    `kept` counts those whose results were there already.
+    """
 
     pictures: int = 0
+    kept: int = 0
     failures: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
 
@@ -45,6 +49,7 @@ def segment_dataset(
     out: str | PathLike[str],
     format: str = "parquet",
     overlay: bool = False,
+    resume: bool = False,
     **settings: Any,
 ) -> Summary:
     """Segment pictures with Ray Data and write their label maps; a picture that fails does not stop the rest.
@@ -59,21 +64,25 @@ def segment_dataset(
             `overlay`, overlays, named after the pictures as `errseg segment` does; those of a dataset after its
             column "output", else after the whole path.
         overlay: write overlays too; with "png" only.
+        resume: leave pictures whose results for these words `out` has; other settings are not compared. A picture
+            that failed is tried again, and keeps its row with the error in a Parquet file.
         settings: model, weights, vocabulary, concurrency and all others as in `segment_rows`.
 
     Raises:
-        ErrSegError: as `segment_rows`; a wrong format; Parquet files in `out` already; they cannot be written.
+        ErrSegError: as `segment_rows`; a wrong format; Parquet files in `out` already (to `resume`, those for other
+            words); they cannot be written.
     """
     folder = os.path.abspath(out)
     if format not in FORMATS:
         raise ErrSegError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
     if overlay and format != "png":
         raise ErrSegError('overlay: goes with format "png"')
-    if format == "parquet" and any(Path(folder).glob("*.parquet")):
-        raise ErrSegError(f"{out} holds Parquet files already: choose another folder")
+    if format == "parquet" and not resume and any(Path(folder).glob("*.parquet")):
+        raise ErrSegError(f"{out} holds Parquet files already: choose another folder, or resume=True to add to them")
     rows, job, plan = _prepare(pictures, **settings)
     start = time.perf_counter()
-    summary = collect(plan.apply(rows, replace(job, out=folder, format=format, overlay=overlay)))
+    job = replace(job, out=folder, format=format, overlay=overlay, resume=resume)
+    summary = collect(plan.apply(rows, job))
     summary.seconds = time.perf_counter() - start
     return summary
 
@@ -262,7 +271,9 @@ def collect(written: Any) -> Summary:
     for row in written.iter_rows():
         if row["fatal"] is not None:
             raise ErrSegError(row["fatal"])
-        if row["error"] is None:
+        if row["kept"]:
+            summary.kept += 1
+        elif row["error"] is None:
             summary.pictures += 1
         else:
             summary.failures[row["path"]] = row["error"]

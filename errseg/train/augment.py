@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from errseg.data.images import resized
 from errseg.train.colour import Jitter
 from errseg.train.settings import TrainSettings
 
@@ -52,13 +53,3 @@ class Augmentation:
         right_and_below = [0, 0, self.size - columns, self.size - rows]
         image = functional.pad(image, right_and_below, fill=PADDING)
         return image, functional.pad(target, right_and_below, fill=IGNORED)[0].int()
-
-
-def resized(height: int, width: int, short_edge: int, max_edge: int) -> tuple[int, int]:
-    """Height and width with the shortest edge `short_edge`, but no edge beyond `max_edge`; rounded half up."""
-    scale = short_edge / min(height, width)
-    tall, wide = (short_edge, scale * width) if height < width else (scale * height, short_edge)
-    if max(tall, wide) > max_edge:
-        scale = max_edge / max(tall, wide)
-        tall, wide = tall * scale, wide * scale
-    return max(1, int(tall + 0.5)), max(1, int(wide + 0.5))

@@ -6,12 +6,16 @@ import json
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 import errseg
 from errseg.data.labels import replacing, save_json
@@ -101,6 +105,20 @@ class Log:
                 file.write(json.dumps(entry) + "\n")
         except OSError as error:
             raise ErrSegError(f"cannot write {self.path}: {error.strerror or error}") from error
+
+
+class Window:
+    """The losses between two lines of the log, added up on the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.total, self.steps, self.since = torch.zeros((), device=device), 0, time.perf_counter()
+
+    def add(self, loss: Tensor) -> None:
+        self.total += loss
+        self.steps += 1
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.since
 
 
 @contextmanager

@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 from errseg.data.datasets import LabelledSet, Pair
 from errseg.data.images import read_image
 from errseg.errors import ErrSegError
-from errseg.train.augment import Augmentation
+from errseg.train.augment import IGNORED, Augmentation
+from errseg.train.stopping import end_with_parent_alone
 
 _ATTEMPTS = 20  # files in a row that cannot be read, before it is given up
 _ORDER, _SAMPLE, _SUBSTITUTE = range(3)  # what the random numbers are for
@@ -129,6 +130,11 @@ def collate(samples: Sequence[Sample]) -> Batch:
     return Batch(images, targets, skipped)
 
 
+def num_labelled(batch: Batch) -> int:
+    """Pixels of a batch that are not ignored."""
+    return int((batch.targets != IGNORED).sum())
+
+
 def make_loader(samples: TrainingSamples, positions: Positions, *, workers: int, pin: bool) -> DataLoader[Any]:
     """Batches in order, read ahead by `workers` processes (0: none)."""
     return DataLoader(
@@ -138,10 +144,11 @@ def make_loader(samples: TrainingSamples, positions: Positions, *, workers: int,
         num_workers=workers,
         pin_memory=pin,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_start_worker,
         generator=torch.Generator(),  # its seeds are not used, and the network's random numbers stay untouched
     )
 
 
-def _one_thread(worker: int) -> None:
+def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
+    end_with_parent_alone()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,7 @@ import torch
 from errseg.errors import ErrSegError
 from errseg.model.errseg import ERRSeg, save_model
 from errseg.model.published import check_state_dict, published_state_dict, read_checkpoint
+from errseg.scale.processes import Processes
 from errseg.train.checkpoints import Checkpoints, damaged, naming_the_last, read_state
 
 if TYPE_CHECKING:
@@ -29,18 +32,15 @@ class States:
     def __init__(
         self,
         accelerator: Accelerator,
+        processes: Processes,
         checkpoints: Checkpoints,
         model: ERRSeg,
         average: ERRSeg | None,
         sequence: dict[str, Any],
         batch_size: int,
     ) -> None:
-        self.accelerator, self.checkpoints, self.sequence, self.batch_size = (
-            accelerator,
-            checkpoints,
-            sequence,
-            batch_size,
-        )
+        self.accelerator, self.processes, self.checkpoints = accelerator, processes, checkpoints
+        self.sequence, self.batch_size = sequence, batch_size
         self.models = {WEIGHTS: model} | ({} if average is None else {f"{AVERAGE}/{WEIGHTS}": average})
         accelerator.register_save_state_pre_hook(self._save_weights)
         accelerator.register_load_state_pre_hook(self._load_weights)
@@ -49,20 +49,27 @@ class States:
         """Write the checkpoint of a step; all processes together, into a folder that all of them see.
 
         Raises:
-            ErrSegError: it cannot be written; what was there before is untouched.
+            ErrSegError, SystemExit: it cannot be written, as `Processes.all_or_none`; what was there is untouched.
         """
-        accelerator, checkpoints = self.accelerator, self.checkpoints
-        with naming_the_last(checkpoints, step):
-            if accelerator.is_main_process:
-                checkpoints.begin(step)
-            accelerator.wait_for_everyone()
-            accelerator.save_state(str(checkpoints.temporary(step)))
-            accelerator.wait_for_everyone()
-            if accelerator.is_main_process:
-                samples, processes = step * self.batch_size, accelerator.num_processes
-                state = {"step": step, "samples": samples, "processes": processes, "sequence": self.sequence}
-                checkpoints.finish(step, state)
-        accelerator.wait_for_everyone()
+        for turn in (self._begin, self._write, self._finish):
+            self.processes.all_or_none(partial(self._take, turn, step))
+
+    def _take(self, turn: Callable[[int], None], step: int) -> None:
+        with naming_the_last(self.checkpoints, step):
+            turn(step)
+
+    def _begin(self, step: int) -> None:
+        if self.processes.rank == 0:
+            self.checkpoints.begin(step)
+
+    def _write(self, step: int) -> None:
+        self.accelerator.save_state(str(self.checkpoints.temporary(step)))
+
+    def _finish(self, step: int) -> None:
+        if self.processes.rank == 0:
+            samples, count = step * self.batch_size, self.processes.count
+            state = {"step": step, "samples": samples, "processes": count, "sequence": self.sequence}
+            self.checkpoints.finish(step, state)
 
     def check(self, checkpoint: Path) -> int:
         """How many processes wrote a checkpoint; ErrSegError if it is damaged or another run's."""

@@ -5,31 +5,34 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import time
+import os
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from errseg.data.loader import default_workers
+from errseg.data.datasets import LabelledSet, open_data
 from errseg.errors import ErrSegError
-from errseg.eval.runner import open_data
 from errseg.model.errseg import ERRSeg
+from errseg.scale.processes import Processes, leaving_in_order, speaking_for_the_machine, take_leave
 from errseg.settings import default_num_selected
 from errseg.train import recipe
 from errseg.train.augment import Augmentation
 from errseg.train.checkpoints import Checkpoints
 from errseg.train.loop import make_accelerator
 from errseg.train.objective import Objective, build_model, check_words, checkpoint_towers
-from errseg.train.records import Log, locked, move_aside, record_start
-from errseg.train.samples import Batch, Positions, TrainingSamples, make_loader
+from errseg.train.records import Log, Window, locked, move_aside, record_start
+from errseg.train.samples import Batch, Positions, TrainingSamples, make_loader, num_labelled
 from errseg.train.settings import TrainConfig, check, sequence
 from errseg.train.states import States
+from errseg.train.stopping import stop_when_told
 from errseg.vocabulary import Vocabulary
 
 CHECKPOINTS, AVERAGE = "checkpoints", "ema"
@@ -54,18 +57,27 @@ def train(
     process; `progress(done, steps)` and `note(line)` tell how it goes, in the first process, and files that were
     skipped, in each.
 
+    SIGTERM, as schedulers send it, ends the run behind the step under way, with a checkpoint.
+
     Raises:
         ErrSegError: bad settings or data, another run's folder, a file that cannot be read (unless `bad_files` is
-            "skip") or written, a loss that is no number.
+            "skip") or written, a loss that is no number; stopped by SIGTERM. Of several processes the first has it.
+        SystemExit: in the other processes, then.
     """
     # Depthwise weights are [C, 1, 7, 7]: the stride along a single entry means nothing, and costs nothing.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-    trainer = Trainer(config, out, note=note)
-    accelerator = trainer.accelerator
-    if restart and accelerator.is_main_process and out.exists():
-        with locked(out):
-            note(f"the earlier run is now {move_aside(out)}")
-    with locked(out) if accelerator.is_main_process else nullcontext():
+    with leaving_in_order(), ExitStack() as stack:
+        trainer = Trainer(config, out, note=note)
+
+        def take_folder() -> None:
+            if not trainer.accelerator.is_main_process:
+                return
+            if restart and out.exists():
+                with locked(out):
+                    note(f"the earlier run is now {move_aside(out)}")
+            stack.enter_context(locked(out))
+
+        trainer.processes.all_or_none(take_folder)
         trainer.start()
         trainer.run(progress)
         trainer.finish()
@@ -78,25 +90,32 @@ class Trainer:
     def __init__(self, config: TrainConfig, out: Path, *, note: Note = lambda line: None) -> None:
         settings = config.train
         self.config, self.settings, self.out, self.note = config, settings, out, note
-        self.accelerator = make_accelerator(
-            settings.device,
-            dtype=settings.dtype,
-            accumulate=settings.accumulate,
-            folder=out,
-            tracker=None if settings.tracker == "none" else settings.tracker,
-        )
-        check(config, self.accelerator.num_processes)
         if settings.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when a GPU is first used
             torch.use_deterministic_algorithms(True)
-        self.data = open_data(config.data)
-        check_words(self.data.words, self.data.class_of_word)
+        with speaking_for_the_machine():
+            self.accelerator = make_accelerator(
+                settings.device,
+                dtype=settings.dtype,
+                accumulate=settings.accumulate,
+                folder=out,
+                tracker=None if settings.tracker == "none" else settings.tracker,
+            )
+        self.processes = Processes.of(self.accelerator)
+        self.data = self.processes.all_or_none(self._open_data)
         self.step, self.skipped = 0, dict[str, None]()
         self.checkpoints = Checkpoints(out / CHECKPOINTS, settings.keep)
         self.log = Log(out)
         torch.manual_seed(settings.seed)  # of weights that start at random, the same in all processes
-        with self.accelerator.local_main_process_first():  # one download
-            self.model = build_model(config)
+        self.model = self.processes.first_of_each_machine_first(partial(build_model, config))  # one download
         self._prepare()
+
+    def _open_data(self) -> LabelledSet:
+        """The set, once the settings are found good."""
+        check(self.config, self.processes.count)
+        data = open_data(self.config.data)
+        check_words(data.words, data.class_of_word)
+        return data
 
     def _prepare(self) -> None:
         """The network and its optimizer on this process's device."""
@@ -126,7 +145,9 @@ class Trainer:
         digest = hashlib.sha256(content.encode()).hexdigest()[:16]
         decides = sequence(self.config) | {"pictures and words": digest}
         average = None if self.average is None else self.averaged_model()
-        self.states = States(accelerator, self.checkpoints, model, average, decides, settings.batch_size)
+        self.states = States(
+            accelerator, self.processes, self.checkpoints, model, average, decides, settings.batch_size
+        )
         torch.manual_seed(settings.seed + 1 + accelerator.process_index)  # of what is dropped
 
     # ---- the course of a run
@@ -154,8 +175,8 @@ class Trainer:
 
     def _go_on(self, checkpoint: Path) -> None:
         """Go back to a checkpoint, exactly."""
-        count, here = self.states.check(checkpoint), self.accelerator.num_processes
-        self.step = self.states.load(checkpoint)
+        count, here = self.processes.all_or_none(partial(self.states.check, checkpoint)), self.processes.count
+        self.step = self.processes.all_or_none(partial(self.states.load, checkpoint))
         if self.average is not None:
             self.average.n_averaged.fill_(self.step)
         if self.accelerator.is_main_process:
@@ -165,22 +186,36 @@ class Trainer:
 
     def run(self, progress: Report | None = None) -> None:
         """All steps that are left, with a checkpoint every so often and behind the last."""
-        settings, batches = self.settings, self.batches(self.step)
-        window = _Window(self.accelerator.device)
+        settings = self.settings
+        window = Window(self.accelerator.device)
         if progress is not None:
             progress(self.step, settings.steps)
-        while self.step < settings.steps:
-            window.add(self.compute(batches))
-            self.update()
-            last = self.step == settings.steps
-            if self.step % settings.log_every == 0 or last:
-                self._record(window)
-                window = _Window(self.accelerator.device)
-            if self.step % settings.save_every == 0 or last:
-                self._check_finite(window)
-                self.states.save(self.step)
-            if progress is not None:
-                progress(self.step, settings.steps)
+        with closing(self.batches(self.step)) as batches, stop_when_told() as stop:
+            while self.step < settings.steps:
+                window.add(self.compute(batches))
+                self.update()
+                last = self.step == settings.steps
+                told = self.processes.any(stop.told)
+                if self.step % settings.log_every == 0 or last:
+                    self._record(window)
+                    window = Window(self.accelerator.device)
+                if self.step % settings.save_every == 0 or last or told:
+                    self._check_finite(window)
+                    self.states.save(self.step)
+                if progress is not None:
+                    progress(self.step, settings.steps)
+                if told and not last:
+                    safe = f"{self.checkpoints.latest()} is safe, the same command goes on from there"
+                    self._end(f"stopped by SIGTERM behind step {self.step:,}: {safe}")
+
+    def _end(self, line: str) -> NoReturn:
+        """Stop all processes, which are all here, by one line."""
+
+        def stop() -> NoReturn:
+            raise ErrSegError(line)
+
+        self.processes.all_or_none(stop)
+        raise AssertionError
 
     def finish(self) -> None:
         """Write the final weights, and the averaged ones, and close the tracker."""
@@ -188,11 +223,12 @@ class Trainer:
             self.model.save_pretrained(self.out / "model")
             if self.average is not None:
                 self.averaged_model().save_pretrained(self.out / AVERAGE)
+        take_leave()
         self.accelerator.end_training()
 
     # ---- one step
 
-    def batches(self, start: int) -> Iterator[Batch]:
+    def batches(self, start: int) -> Generator[Batch, None, None]:
         """This process's parts of all steps from `start` on."""
         settings, accelerator = self.settings, self.accelerator
         samples = TrainingSamples(
@@ -211,11 +247,11 @@ class Trainer:
         )
         workers = settings.workers
         if workers is None:
-            workers = max(1, min(default_workers() // accelerator.num_processes, _MOST_READERS))
+            workers = min(self.processes.workers, _MOST_READERS)
         loader = make_loader(samples, positions, workers=workers, pin=accelerator.device.type == "cuda")
         return self._checked(iter(loader))
 
-    def _checked(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def _checked(self, batches: Iterator[Batch]) -> Generator[Batch, None, None]:
         """Batches without fatal faults; each skipped file is noted once."""
         while True:
             try:
@@ -239,14 +275,27 @@ class Trainer:
     def compute(self, batches: Iterator[Batch]) -> Tensor:
         """Gradients of one step's loss, averaged over its parts and processes; the loss of this process."""
         device, losses = self.accelerator.device, []
-        for _ in range(self.settings.accumulate):
-            batch = next(batches)
+        parts = self.processes.all_or_none(partial(self._take, batches))
+        for batch, weight in zip(parts, self._weights(parts), strict=True):
             images, targets = (t.to(device, non_blocking=True) for t in (batch.images, batch.targets))
             with self.accelerator.accumulate(self.objective):
-                loss = self.objective(images, targets)
+                loss = self.objective(images, targets) * weight
                 self.accelerator.backward(loss)
             losses.append(loss.detach())
         return torch.stack(losses).mean()
+
+    def _take(self, batches: Iterator[Batch]) -> list[Batch]:
+        """A step's parts: all of them, so that a file that cannot be read ends all processes before they compute."""
+        return [next(batches) for _ in range(self.settings.accumulate)]
+
+    def _weights(self, parts: list[Batch]) -> list[float]:
+        """What each part's loss counts for in the mean over parts and processes, which is the whole batch's loss."""
+        if not self.settings.exclude_ignored:
+            return [1.0] * len(parts)
+        # A part's loss is the mean over its own labelled pixels.
+        counts = [num_labelled(batch) for batch in parts]
+        mean = self.processes.total(sum(counts)) / (len(parts) * self.processes.count)
+        return [count / mean if mean else 1.0 for count in counts]
 
     def update(self) -> None:
         """Move the weights along the gradients, and on to the next step."""
@@ -267,7 +316,7 @@ class Trainer:
 
     # ---- records
 
-    def _record(self, window: _Window) -> None:
+    def _record(self, window: Window) -> None:
         """One line of the log, for the tracker and the reader too."""
         loss = self._mean(window)
         if not self.accelerator.is_main_process:
@@ -278,37 +327,22 @@ class Trainer:
         self.accelerator.log(values, step=self.step)
         self.note(f"step {self.step:,} of {self.settings.steps:,}: loss {loss:.5g}, {speed:.3g} pictures/s")
 
-    def _mean(self, window: _Window) -> float:
+    def _mean(self, window: Window) -> float:
         """Mean loss of a window over all processes; ErrSegError if it is no number."""
         mean = self.accelerator.reduce(window.total / max(window.steps, 1), "mean")
         assert isinstance(mean, Tensor)
         loss = float(mean)
-        if math.isfinite(loss):
-            return loss
-        last = self.checkpoints.latest()
-        where = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
-        raise ErrSegError(
-            f"the loss is {loss} at step {self.step:,}: lower train.lr, or choose bfloat16 or float32; {where}"
-        )
+        if not math.isfinite(loss):
+            last = self.checkpoints.latest()
+            where = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+            cure = "lower train.lr, or choose bfloat16 or float32"
+            self._end(f"the loss is {loss} at step {self.step:,}: {cure}; {where}")
+        return loss
 
-    def _check_finite(self, window: _Window) -> None:
+    def _check_finite(self, window: Window) -> None:
         """Never save weights that a loss which is no number has spoilt."""
         if window.steps:
             self._mean(window)
-
-
-class _Window:
-    """The losses between two lines of the log, added up on the device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.total, self.steps, self.since = torch.zeros((), device=device), 0, time.perf_counter()
-
-    def add(self, loss: Tensor) -> None:
-        self.total += loss
-        self.steps += 1
-
-    def seconds(self) -> float:
-        return time.perf_counter() - self.since
 
 
 def _device_name(device: torch.device) -> str:

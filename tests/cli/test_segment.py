@@ -75,6 +75,45 @@ def test_a_bad_file_is_reported_and_the_rest_goes_on(photos: Path, weights: Path
     assert len(names(out)) == 9
 
 
+def test_resuming_leaves_what_is_finished(photos: Path, weights: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = run(photos / "a.png", photos / "x", "--out", out, "--resume", weights=weights)
+    assert first.exit_code == 0 and "3 of 3 pictures segmented" in first.stdout
+    (out / "a.json").unlink()  # an interruption before all was written
+    before = {name: (out / name).stat().st_mtime_ns for name in names(out)}
+    again = run(photos / "a.png", photos / "x", "--out", out, "--resume", "--json", weights=weights)
+    *lines, sums = map(json.loads, again.stdout.splitlines())
+    assert [line["image"] for line in lines] == [str(photos / "a.png")]
+    assert (sums["pictures"], sums["kept"], sums["failed"]) == (1, 2, 0)
+    written = {name for name in names(out) if before.get(name) != (out / name).stat().st_mtime_ns}
+    assert written == {"a.json", "a.labels.png", "a.overlay.png"}
+    for name, content in (("a.labels.png", b""), ("a.json", b"{")):
+        good = (out / name).read_bytes()
+        (out / name).write_bytes(content)
+        spoilt = run(photos / "a.png", "--out", out, "--resume", weights=weights)
+        assert "1 of 1 pictures segmented" in spoilt.stdout and (out / name).read_bytes() == good
+    full = run(photos / "a.png", photos / "x", "--out", out, "--resume", weights=weights)
+    assert full.exit_code == 0 and f"0 of 0 pictures segmented into {out}, 3 more were there" in full.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "options", "kept"),
+    [
+        (WORDS, (), 1),
+        (WORDS, ("--no-overlay",), 1),
+        ("grass, red star, sky|water", (), 0),
+        (f"{WORDS}, sand", (), 0),
+        (WORDS, ("--background", "water"), 0),
+    ],
+)
+def test_results_for_other_words_are_not_kept(
+    words: str, options: tuple[str, ...], kept: int, photos: Path, weights: Path, tmp_path: Path
+) -> None:
+    run(photos / "a.png", "--out", tmp_path, weights=weights)
+    result = run(photos / "a.png", "--out", tmp_path, "--resume", *options, weights=weights, words=words)
+    assert result.exit_code == 0 and f"{1 - kept} of {1 - kept} pictures segmented" in result.stdout
+
+
 def test_globs_and_equal_names(photos: Path, weights: Path, tmp_path: Path) -> None:
     result = run(f"{photos}/*.png", f"{photos}/x/*", "--out", tmp_path / "out", "--no-overlay", weights=weights)
     assert result.exit_code == 0, result.output

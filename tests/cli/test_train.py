@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner, Result
 
 from errseg.cli import app
+from errseg.data.toy import WORDS, ToyWorld
 from tests.train.world import fresh_accelerate, make_folder
 
 TOY = """\
-data: {{folder: {folder}}}
+data: {data}
 model: {{name: errseg-tiny, size: 64, num_selected: 8}}
 train:
   {{steps: {steps}, batch_size: 2, lr: 1.0e-3, warmup_steps: 10, device: cpu, dtype: float32, workers: 0,
@@ -31,17 +35,33 @@ def _accelerate() -> Iterator[None]:
         yield
 
 
-def write(base: Path, steps: int) -> Path:
+def write(base: Path, steps: int, data: str) -> Path:
     path = base / "toy.yaml"
-    path.write_text(TOY.format(folder=base / "toy", steps=steps))
+    path.write_text(TOY.format(data=data, steps=steps))
     return path
 
 
-def test_generate_verify_train_resume_and_evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def write_benchmark(root: Path, count: int) -> None:
+    """Scenes as the original files of a benchmark: raw labels count from 1, 0 is none of its classes."""
+    base, world = root / "ADEChallengeData2016", ToyWorld(3, size=80)
+    for name in ("images", "annotations"):
+        (base / name / "validation").mkdir(parents=True)
+    for i in range(count):
+        labels = world[i].labels
+        Image.fromarray(world[i].image).save(base / f"images/validation/{i}.jpg", quality=95)
+        raw = np.where(labels < 150, labels + 1, 0).astype(np.uint8)
+        Image.fromarray(raw).save(base / f"annotations/validation/{i}.png")
+
+
+def test_generate_prepare_train_resume_and_evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = time.perf_counter()
     monkeypatch.chdir(tmp_path)
-    make_folder(tmp_path / "toy", count=8)
-    assert run("data", "verify", "own", tmp_path / "toy").exit_code == 0
-    config = write(tmp_path, 200)
+    monkeypatch.setattr("errseg.data.datasets.benchmarks.class_names", lambda table: WORDS[:150])
+    write_benchmark(tmp_path / "sets", 8)
+    prepared = run("data", "prepare", "ADE-150", "sets")
+    assert prepared.exit_code == 0 and prepared.stdout.startswith("ADE-150 val: 8 label maps written, 0 were there")
+    data = "{set: ADE-150, split: val, root: sets}"
+    config = write(tmp_path, 200, data)
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -60,12 +80,14 @@ def test_generate_verify_train_resume_and_evaluate(tmp_path: Path, monkeypatch: 
     assert lines[-1]["loss"] < 0.7 * lines[0]["loss"]
     scores = {}
     for name, weights in (("before", []), ("after", ["--weights", "errseg-train/toy/model"])):
-        evaluated = tmp_path / f"{name}.yaml"
-        evaluated.write_text(f"data: {{folder: {tmp_path / 'toy'}}}\nmodel: {{name: errseg-tiny, size: 64}}\n")
-        result = run("eval", evaluated, "--device", "cpu", "--set", "eval.protocol=direct", *weights)
+        (tmp_path / f"{name}.yaml").write_text(f"data: {data}\nmodel: {{name: errseg-tiny, size: 64}}\n")
+        result = run("eval", f"{name}.yaml", "--device", "cpu", "--set", "eval.protocol=direct", *weights)
         assert result.exit_code == 0, result.stderr
-        scores[name] = json.loads((tmp_path / f"errseg-eval/{name}/result.json").read_text())["metrics"]["miou"]
+        facts = json.loads((tmp_path / f"errseg-eval/{name}/result.json").read_text())
+        assert (facts["set"], facts["pictures"], len(facts["classes"])) == ("ADE-150", 8, 150)
+        scores[name] = facts["metrics"]["miou"]
     assert scores["after"] > scores["before"]
+    assert time.perf_counter() - start < 180
 
 
 @pytest.mark.parametrize(
@@ -89,7 +111,14 @@ def test_bad_files_stop_or_are_skipped_and_fused_off(tmp_path: Path) -> None:
     make_folder(tmp_path / "toy", count=4)
     bad = tmp_path / "toy/images/1.png"
     bad.write_bytes(b"no picture")
-    arguments = ("train", write(tmp_path, 3), "--out", tmp_path / "run", "--fused", "off")
+    arguments = (
+        "train",
+        write(tmp_path, 3, f"{{folder: {tmp_path / 'toy'}}}"),
+        "--out",
+        tmp_path / "run",
+        "--fused",
+        "off",
+    )
     stopped = run(*arguments)
     assert stopped.exit_code == 2 and stopped.stderr == f"error: {bad}: not a picture that Pillow can read\n"
     with fresh_accelerate():

@@ -143,6 +143,14 @@ def test_own_folder_lacks_something(lost: str, own: Path) -> None:
         open_folder(own)
 
 
+def test_two_pictures_of_one_stem_are_named(own: Path) -> None:
+    layouts.photo(own / "images/photo0.png", 2, 3)
+    with pytest.raises(ErrSegError) as caught:
+        open_folder(own)
+    first, second = own / "images/photo0.jpg", own / "images/photo0.png"
+    assert str(caught.value) == f"{first} and {second} have one name but for the suffix: rename or remove one"
+
+
 def test_no_own_folder(tmp_path: Path) -> None:
     with pytest.raises(ErrSegError, match="nowhere: no such folder"):
         open_folder(tmp_path / "nowhere")

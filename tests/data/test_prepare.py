@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from errseg.data.classes import class_names
-from errseg.data.datasets import BENCHMARKS
+from errseg.data.datasets import BENCHMARKS, index_maps
 from errseg.data.prepare import prepare
 from errseg.data.prepare.index_pickle import load_index
 from errseg.data.prepare.runner import run_tasks
@@ -170,6 +170,37 @@ def test_a_missing_label_is_named(tmp_path: Path) -> None:
     assert summary.failed == [f"{path}: no such file"] and summary.written == 1
 
 
+@pytest.mark.parametrize(("name", "left_out"), [("PAS-20", 2), ("PAS-20b", 0)])
+def test_only_pas20_leaves_out_what_is_ignored_altogether(name: str, left_out: int, tmp_path: Path) -> None:
+    layouts.voc(tmp_path)
+    path = tmp_path / "VOCdevkit/VOC2012/SegmentationClassAug/2007_000061.png"
+    layouts.grey(path, np.full((2, 4), 255))
+    summary, _ = prepare(name, tmp_path, workers=1)
+    assert (summary.written, summary.left_out, summary.failed) == (3 - left_out, left_out, [])
+    if not left_out:
+        with Image.open(outputs(tmp_path, name)[f"{BENCHMARKS[name].split('val').labels}/{path.name}"]) as image:
+            assert (np.asarray(image) == 255).all()
+
+
+def test_ade847_looks_once_at_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layouts.ade847(tmp_path)
+    prepare("ADE-847", tmp_path, workers=1)
+    read: list[str] = []
+    opened = index_maps.open_pixels
+
+    def spy(path: Path) -> Any:
+        read.append(path.name)
+        return opened(path)
+
+    monkeypatch.setattr("errseg.data.datasets.index_maps.open_pixels", spy)
+    monkeypatch.setattr("errseg.data.prepare.ade847.open_pixels", spy)
+    assert prepare("ADE-847", tmp_path, workers=1)[0].kept == 2
+    assert sorted(read) == [f"ADE_val_0000000{i}.{kind}" for i in (1, 2) for kind in ("jpg", "tif")]
+    target = tmp_path / "ADE20K_2021_17_01/annotations_detectron2/validation/ADE_val_00000001.tif"
+    Image.fromarray(np.zeros((3, 4), np.uint16)).save(target)  # of another size than its picture
+    assert prepare("ADE-847", tmp_path, workers=1)[0].written == 1
+
+
 def test_a_full_disk_stops_and_leaves_no_half_written_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layouts.ade150(tmp_path)
 
@@ -204,6 +235,9 @@ def test_pc459_files_that_are_no_label_maps(tmp_path: Path) -> None:
     layouts.matlab(base / "2008_000002.mat", [[1.5]], float)
     (base / "2008_000007.mat").write_bytes(b"MATLAB 5.0 MAT-file" + bytes(200))
     first, second = prepare("PC-459", tmp_path, workers=1)[0].failed
+    layouts.matlab(base / "2008_000002.mat", [[1, 2]], np.uint8)  # read as 16 bit ever after
+    (narrow, _) = prepare("PC-459", tmp_path, workers=1)[0].failed
+    assert narrow == f"{base / '2008_000002.mat'}: expected LabelMap [H, W] of uint16, got uint8 [1, 2]"
     assert "expected LabelMap [H, W] of uint16, got float64 [1, 1]" in first
     assert f"{base / '2008_000007.mat'}: unreadable MATLAB file" in second
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,6 +50,27 @@ def test_folders_prepared_elsewhere_need_no_originals(tmp_path: Path) -> None:
     assert verdict.problems == ["2 labels in ADEChallengeData2016/annotations_detectron2/validation, expected 2,000"]
     (line,) = verdict.missing_sources
     assert line.startswith(f"{raw}: get ADEChallengeData2016.zip, see http")
+
+
+@pytest.mark.parametrize(("name", "complete"), [("PAS-20", True), ("PAS-20b", False)])
+def test_what_is_left_out_by_rule_needs_no_originals(name: str, complete: bool, tmp_path: Path) -> None:
+    BUILDERS[name](tmp_path)
+    prepare(name, tmp_path, workers=1)
+    base = tmp_path / "VOCdevkit/VOC2012"
+    labels = tmp_path / BENCHMARKS[name].split("val").labels
+    for i in range(40):
+        for folder, suffix in ((base / "JPEGImages", ".jpg"), (labels, ".png")):
+            shutil.copy(folder / f"2007_000033{suffix}", folder / f"more{i}{suffix}")
+    (base / "ImageSets/Segmentation/val.txt").unlink()
+    there = len(list(labels.iterdir()))
+    verdict = verify(small(name, there + 1), tmp_path, workers=1)
+    line = f"{there} labels in {BENCHMARKS[name].split('val').labels}, expected {there + 1}"
+    rule = " less those left out by rule (every pixel is ignored)"
+    assert verdict.complete == complete
+    assert (verdict.notes[0], verdict.problems) == (line + rule, []) if complete else verdict.problems == [line]
+    # A folder that lacks more, or has more, than the rule explains.
+    for count in (2 * there, there - 1):
+        assert not verify(small(name, count), tmp_path, workers=1).complete
 
 
 def test_what_is_not_prepared_is_named(tmp_path: Path) -> None:

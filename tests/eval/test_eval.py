@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,7 +18,7 @@ from safetensors.numpy import load_file
 from errseg import Segmenter
 from errseg.configs.schema import DataSettings, EvalConfig, EvalSettings, ModelSettings
 from errseg.data.datasets import find_benchmark
-from errseg.data.labels import load_labels
+from errseg.data.labels import load_labels, save_labels
 from errseg.data.prepare import prepare
 from errseg.data.toy import WORDS, ToyWorld
 from errseg.errors import ErrSegError
@@ -30,9 +28,11 @@ from errseg.eval.parts import Part
 from errseg.eval.report import write
 from errseg.eval.runner import Evaluation, evaluate
 from errseg.model.clip import DenseCLIP
+from errseg.scale.processes import Processes
 from tests.data import layouts
+from tests.disk import files_of_at_most
+from tests.launch import torchrun
 
-ROOT = Path(__file__).parents[2]
 PICTURES = 4
 IGNORED = (0, slice(0, 40))  # rows of the first picture that are not labelled
 
@@ -81,7 +81,7 @@ def copy(scenes: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def expected(scenes: Path) -> np.ndarray:
     """The matrix by the Segmenter and numpy alone."""
-    segmenter = Segmenter("errseg-tiny", device="cpu", vocabulary=WORDS)
+    segmenter = Segmenter("errseg-tiny", device="cpu", vocabulary=WORDS).optimize()
     total = np.zeros((len(WORDS), len(WORDS)), np.int64)
     for i in range(PICTURES):
         labels = np.asarray(Image.open(scenes / f"labels/{i}.png"))
@@ -160,6 +160,62 @@ def test_a_process_that_could_not_save_at_the_end_loses_only_what_it_had_not_sav
     assert counted == ["0", "1", "2", "2", "3"]
 
 
+def test_a_picture_whose_prediction_cannot_be_written_is_not_counted(
+    scenes: Path, expected: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Path] = []
+
+    def full(labels: Any, path: Path, *others: Any) -> Path:
+        calls.append(path)
+        if len(calls) == 2:
+            raise ErrSegError(f"cannot write {path}: No space left on device")
+        return save_labels(labels, path, *others)
+
+    with monkeypatch.context() as patch, pytest.raises(ErrSegError, match=r"cannot write .*1\.png"):
+        patch.setattr(runner, "save_labels", full)
+        run(scenes, tmp_path, predictions=True)
+    assert (run(scenes, tmp_path, predictions=True).metrics.confusion == expected).all()
+    assert len(list((tmp_path / "predictions").iterdir())) == PICTURES
+
+
+def test_a_full_disk_loses_nothing(scenes: Path, expected: np.ndarray, tmp_path: Path) -> None:
+    part = tmp_path / "parts/run0000-process0000.safetensors"
+    with files_of_at_most(100_000), pytest.raises(ErrSegError) as caught:  # the matrix takes 226 kB
+        run(scenes, tmp_path)
+    assert str(caught.value) == f"cannot write {part}: File too large"
+    assert not list(part.parent.iterdir())  # nothing by halves
+    assert (run(scenes, tmp_path).metrics.confusion == expected).all()
+    with files_of_at_most(100_000), pytest.raises(ErrSegError, match=r"cannot write .*confusion\.safetensors: "):
+        write(run(scenes, tmp_path), config(scenes), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["parts"]
+
+
+def test_predictions_asked_for_later_are_missed(scenes: Path, tmp_path: Path) -> None:
+    run(scenes, tmp_path)
+    with pytest.raises(
+        ErrSegError, match=r"^4 pictures were evaluated without writing predictions, 0 for .*--restart$"
+    ):
+        run(scenes, tmp_path, predictions=True)
+    assert evaluate(config(scenes, predictions=True), tmp_path, restart=True) is not None
+    run(scenes, tmp_path, predictions=True)
+    assert evaluate(config(scenes), tmp_path, restart=True) is not None
+    with pytest.raises(ErrSegError, match=r"^4 pictures were evaluated without"):  # those of before are not these
+        run(scenes, tmp_path, predictions=True)
+
+
+def test_labels_that_have_changed_are_no_old_matrix(copy: Path, counted: list[str], tmp_path: Path) -> None:
+    out, label = tmp_path / "out", copy / "labels/2.png"
+    run(copy, out)
+    good, stat = label.read_bytes(), label.stat()
+    Image.fromarray(np.zeros_like(np.asarray(Image.open(label)))).save(label)
+    with pytest.raises(ErrSegError) as caught:
+        run(copy, out)
+    assert str(caught.value).startswith(f"{label} or its picture has changed since it was evaluated (1 such pairs): ")
+    label.write_bytes(good)  # at another time, but the same
+    assert label.stat().st_mtime_ns != stat.st_mtime_ns
+    assert run(copy, out).pictures == PICTURES and len(counted) == PICTURES
+
+
 def test_the_folder_of_another_evaluation_is_refused(scenes: Path, expected: np.ndarray, tmp_path: Path) -> None:
     run(scenes, tmp_path)
     other = config(scenes, protocol="direct")
@@ -222,6 +278,23 @@ def test_benchmarks_score_their_own_classes(
     assert set(asked) == firsts and len(asked) == len(firsts)
 
 
+def test_readers_are_a_processs_share_of_the_cores(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    stream = Segmenter.stream
+
+    def spy(self: Segmenter, images: Any, *, workers: int, **options: Any) -> Any:
+        asked.append(workers)
+        return stream(self, images, workers=0, **options)
+
+    monkeypatch.setattr(Segmenter, "stream", spy)
+    monkeypatch.setattr("errseg.scale.processes.default_workers", lambda: 12)
+    for workers in (None, 5):
+        evaluate(config(scenes, workers=workers), tmp_path / str(workers), processes=Processes(local_count=4))
+    assert asked == [3, 5]
+
+
 def test_nothing_to_score(copy: Path, tmp_path: Path) -> None:
     for path in (copy / "labels").iterdir():
         Image.fromarray(np.full_like(np.asarray(Image.open(path)), 255)).save(path)
@@ -254,17 +327,7 @@ def test_torchmetrics_is_missing(scenes: Path, tmp_path: Path, monkeypatch: pyte
 def test_two_processes_give_the_matrix_of_one(scenes: Path, expected: np.ndarray, tmp_path: Path) -> None:
     settings = "".join(f"  {line}\n" for line in ("device: cpu", "workers: 0", "batch_size: 1"))
     (tmp_path / "toy.yaml").write_text(f"data: {{folder: {scenes}}}\nmodel: {{name: errseg-tiny}}\neval:\n{settings}")
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-            *("-m", "errseg", "eval", str(tmp_path / "toy.yaml"), "--out", str(tmp_path / "out")),
-        ],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = torchrun("-m", "errseg", "eval", tmp_path / "toy.yaml", "--out", tmp_path / "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("written to") == 1 and "4 pictures, errseg-tiny" in done.stdout
     parts = sorted((tmp_path / "out/parts").iterdir())

@@ -61,6 +61,7 @@ def test_torchmetrics_counts_as_numpy_does() -> None:
 
 def test_words_that_count_as_background() -> None:
     counts = _Counts(3, [0, 1, 2, 2, 2], torch.device("cpu"))
-    predicted = counts.add(torch.tensor([[0, 3, 4, 2]], dtype=torch.int32), np.array([[0, 2, 1, -1]]))
+    predicted = counts.classes(torch.tensor([[0, 3, 4, 2]], dtype=torch.int32))
+    counts.add(predicted, np.array([[0, 2, 1, -1]]))
     assert predicted.tolist() == [[0, 2, 2, 2]]
     assert counts.numpy().tolist() == [[1, 0, 0], [0, 0, 1], [0, 0, 1]]

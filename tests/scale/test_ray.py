@@ -25,30 +25,12 @@ from errseg.errors import ErrSegError
 from errseg.scale import segment_dataset, segment_rows
 from errseg.scale.actor import Job, PictureActor
 from errseg.scale.dataset import collect, list_pictures
-from errseg.segmenter import Segmenter
 from errseg.vocabulary import Vocabulary
+from tests.launch import ROOT
+from tests.scale.world import WORDS, agree
 
-ROOT = Path(__file__).parents[2]
-WORDS = ["red star", "grass", "sky"]
 TINY: dict[str, Any] = {"model": "errseg-tiny", "vocabulary": WORDS}
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed: pip install 'errseg[ray]'")
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "photos"
-    for i, name in enumerate(("a.png", "x/a.png", "x/b.png")):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        noise = np.random.default_rng(i).integers(0, 256, (40 + i, 50, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(folder / name)
-    (folder / "cut.png").write_bytes((folder / "a.png").read_bytes()[:700])
-    return folder
-
-
-@pytest.fixture(scope="module")
-def expected(photos: Path) -> dict[str, np.ndarray]:
-    segmenter = Segmenter("errseg-tiny", vocabulary=WORDS, device="cpu")
-    return {name: segmenter(photos / f"{name}.png").labels.numpy() for name in ("a", "x/a", "x/b")}
 
 
 @pytest.fixture(scope="module")
@@ -87,11 +69,6 @@ def start_ray(folder: str, tries: int = 3) -> None:
             if not left or "timed out" not in str(error):
                 raise
             ray.shutdown()
-
-
-def agree(labels: np.ndarray, expected: np.ndarray) -> bool:
-    """Other threads, other rounding."""
-    return labels.shape == expected.shape and float((labels == expected).mean()) > 0.999
 
 
 @needs_ray
@@ -134,6 +111,8 @@ def test_parquet_of_a_dataset(photos: Path, expected: dict[str, np.ndarray], clu
         assert sum(area["pixels"] for area in row["areas"]) == labels.size
     with pytest.raises(ErrSegError, match="holds Parquet files already"):
         segment_dataset(photos, out=out, **TINY)
+    again = segment_dataset(pictures, out=out, concurrency=1, per_task=4, resume=True, **TINY)
+    assert (again.pictures, again.kept, list(again.failures)) == (0, 3, [str(photos / "cut.png")])
 
 
 def job(**changes: Any) -> Job:
@@ -178,6 +157,33 @@ def test_a_repeated_task_writes_the_same_file(photos: Path, tmp_path: Path) -> N
     actor = PictureActor(job(out=str(tmp_path)))
     first, again = (actor({"path": [str(photos / "a.png")]}).to_pylist() for _ in range(2))
     assert first == again and [str(file) for file in tmp_path.iterdir()] == [first[0]["file"]]
+
+
+@needs_ray
+@pytest.mark.parametrize("format", ["png", "parquet"])
+def test_resuming_leaves_what_is_finished(format: str, photos: Path, tmp_path: Path) -> None:
+    paths = [str(photos / name) for name in ("a.png", "cut.png", "x/b.png")]
+    task = {"path": paths, "bytes": [Path(path).read_bytes() for path in paths]}
+    settings = {"out": str(tmp_path), "format": format, "resume": True}
+    first = PictureActor(job(**settings))({name: values[:2] for name, values in task.items()})
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
+    second = PictureActor(job(**settings))(task)
+    summary = collect(SimpleNamespace(iter_rows=second.to_pylist))
+    assert [row["kept"] for row in first.to_pylist()] == [None, None]
+    assert (summary.pictures, summary.kept, list(summary.failures)) == (1, 1, [paths[1]])
+    assert all(file.stat().st_mtime_ns == before[file] for file in before if file.is_file())
+    third = PictureActor(job(**settings))({"path": [paths[0], paths[2]]})  # nothing to read
+    assert collect(SimpleNamespace(iter_rows=third.to_pylist)).kept == 2
+    other = PictureActor(job(vocabulary=Vocabulary(WORDS[::-1]), **settings))({name: v[:1] for name, v in task.items()})
+    (row,) = other.to_pylist()
+    if format == "png":
+        assert row["kept"] is None and row["file"].endswith("a.png.labels.png")
+    else:
+        assert row["fatal"].endswith(".parquet holds label maps for other words: choose another folder")
+        file = next(tmp_path.glob("*.parquet"))
+        file.write_bytes(file.read_bytes()[:100])
+        (row,) = PictureActor(job(**settings))({"path": paths[:1]}).to_pylist()
+        assert row["fatal"].startswith(f"{file}: unreadable (") and "\n" not in row["fatal"]
 
 
 @needs_ray

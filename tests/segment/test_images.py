@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from errseg.data.images import find_images, read_image
+from errseg.data.images import find_images, read_image, resized, to_square
 from errseg.errors import ErrSegError
 
 
@@ -232,3 +232,21 @@ def test_no_pictures_is_an_error(tmp_path: Path) -> None:
 
 def test_a_missing_file_is_kept_to_be_reported(tmp_path: Path) -> None:
     assert [f.path.name for f in find_images([tmp_path / "gone.png", f"{tmp_path}/*.bmp"])] == ["gone.png", "*.bmp"]
+
+
+@pytest.mark.parametrize(
+    ("edges", "short_edge", "expected"),
+    [
+        ((480, 640), 640, (640, 853)),
+        ((640, 480), 640, (853, 640)),
+        ((427, 640), 640, (640, 959)),
+        ((100, 400), 640, (333, 1333)),
+        ((293, 586), 800, (666, 1333)),  # by way of 800 x 1600.00...: 666.49..., not 666.5
+    ],
+)
+def test_sizes_are_detectron2s(edges: tuple[int, int], short_edge: int, expected: tuple[int, int]) -> None:
+    assert resized(*edges, short_edge, 1333) == expected
+    if short_edge == 800:
+        picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*edges, 3), dtype=np.uint8))
+        enlarged = picture.resize(expected[::-1], Image.Resampling.BILINEAR)
+        assert torch.equal(to_square(picture, 64, "published"), to_square(enlarged, 64))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from torch import Tensor
 from errseg.errors import ErrSegError
 from errseg.testing.memory import measure_peak_memory
 from errseg.vocabulary import Vocabulary
+from tests.disk import files_of_at_most
 
 WIDTH, BLOCK = 8, 16
 MADE_OF = {"model": "m", "weights": "w", "prompt": "a {}"}
@@ -176,19 +175,6 @@ def test_killed_at_the_very_end(tmp_path: Path) -> None:
         path.unlink()
 
 
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """Writing beyond it fails as on a full disk, with "File too large"."""
-    import resource
-
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="no limit of files")
 def test_a_full_disk_keeps_what_is_done(tmp_path: Path) -> None:
     whole = tmp_path / "whole.safetensors"
@@ -223,6 +209,7 @@ def test_mean_of_synonyms(tmp_path: Path) -> None:
 _SETUP = """
 import torch
 from errseg.vocabulary import Vocabulary
+from tests.disk import files_of_at_most
 
 def embed(phrases, progress):
     return torch.randn(len(phrases), 640)

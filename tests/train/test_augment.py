@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from errseg.train.augment import IGNORED, PADDING, Augmentation, resized
+from errseg.train.augment import IGNORED, PADDING, Augmentation
 from errseg.train.colour import Jitter, hsv_to_rgb, rgb_to_hsv
 
 PLAIN = {"short_edge": 32, "max_edge": 1333, "colour_jitter": False, "flip": False}
@@ -118,14 +118,6 @@ def test_hsv_is_opencvs() -> None:
     assert np.array_equal(hsv, cv2.cvtColor(picture, cv2.COLOR_RGB2HSV))
     back = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB).astype(int)
     assert np.abs(hsv_to_rgb(hsv) - back).max() <= 1
-
-
-@pytest.mark.parametrize(
-    ("edges", "expected"),
-    [((480, 640), (640, 853)), ((640, 480), (853, 640)), ((427, 640), (640, 959)), ((100, 400), (333, 1333))],
-)
-def test_sizes_are_detectron2s(edges: tuple[int, int], expected: tuple[int, int]) -> None:
-    assert resized(*edges, 640, 1333) == expected
 
 
 def test_picture_and_labels_are_resized_as_published() -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import resource
+import multiprocessing
+import os
 import shutil
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,9 +19,11 @@ from torch import Tensor
 
 from errseg.errors import ErrSegError
 from errseg.model.errseg import create_model
+from errseg.scale.processes import Processes
 from errseg.train.records import locked
 from errseg.train.settings import TrainConfig
 from errseg.train.trainer import Trainer, train
+from tests.disk import files_of_at_most
 from tests.train.world import config, fresh_accelerate
 
 
@@ -80,6 +82,48 @@ def test_an_interrupted_run_ends_with_the_same_weights(done: Path, scenes: Path,
     assert notes[1:] and notes[-1].startswith("step 6 of 6: loss ")
 
 
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="float16 needs a GPU")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device"), [("bfloat16", "cpu"), pytest.param("float16", "cuda", marks=on_gpu, id="float16-cuda")]
+)
+def test_half_the_bits_end_with_the_same_weights_too(dtype: str, device: str, scenes: Path, tmp_path: Path) -> None:
+    settings = config(scenes, dtype=dtype, device=device, steps=4, deterministic=device == "cuda")
+    try:
+        run(settings, tmp_path / "whole")
+        run(settings, tmp_path / "run", until=3)
+        assert "going on from step 2" in run(settings, tmp_path / "run")[0]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert equal(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    losses = [line["loss"] for line in log(tmp_path / "run")]
+    run(config(scenes, device=device, steps=1), tmp_path / "plain")
+    exact = log(tmp_path / "plain")[0]["loss"]
+    assert losses[0] != exact and losses[0] == pytest.approx(exact, rel=0.05)  # autocast computes, and well
+
+
+def test_told_to_stop_it_ends_behind_its_step(done: Path, scenes: Path, tmp_path: Path) -> None:
+    out, settings = tmp_path / "run", config(scenes, ema=0.5, save_every=100, workers=1)
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def tell(step: int, total: int) -> None:
+        if step == 3:  # as a scheduler does: this process and those that read pictures for it, from outside
+            readers = [child.pid for child in multiprocessing.active_children()]
+            assert readers
+            subprocess.run(["kill", "-TERM", *map(str, [os.getpid(), *readers])], check=True)
+
+    with fresh_accelerate(), pytest.raises(ErrSegError) as caught:
+        train(settings, out, progress=tell)
+    checkpoint = out / "checkpoints/step-00000004"
+    assert str(caught.value) == (
+        f"stopped by SIGTERM behind step 4: {checkpoint} is safe, the same command goes on from there"
+    )
+    assert not multiprocessing.active_children() and signal.getsignal(signal.SIGTERM) is handler
+    assert "going on from step 4" in run(settings, out)[0]
+    assert equal(weights(out), weights(done)) and equal(weights(out, "ema"), weights(done, "ema"))
+
+
 def log(out: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
@@ -117,8 +161,9 @@ def test_the_run_folder_tells_how_it_came_about(done: Path, scenes: Path) -> Non
     assert start["git"] is None or len(start["git"]["commit"]) == 40
 
 
-def test_parts_of_a_batch_add_up(done: Path, scenes: Path, tmp_path: Path) -> None:
-    settings = config(scenes, drop_path=0.0, decoder_drop_path=0.0, steps=2)
+@pytest.mark.parametrize("exclude_ignored", [False, True])
+def test_parts_of_a_batch_add_up(exclude_ignored: bool, strips: Path, tmp_path: Path) -> None:
+    settings = config(strips, drop_path=0.0, decoder_drop_path=0.0, steps=2, exclude_ignored=exclude_ignored)
     run(settings, tmp_path / "whole")
     run(replace(settings, train=replace(settings.train, accumulate=2, workers=1)), tmp_path / "parts")
     for whole, parts in zip(log(tmp_path / "whole"), log(tmp_path / "parts"), strict=True):
@@ -168,19 +213,6 @@ def test_a_damaged_checkpoint_is_named(name: str, done: Path, scenes: Path, tmp_
     shutil.rmtree(path.parent)
     run(config(scenes, ema=0.5), out)
     assert equal(weights(out), weights(done))
-
-
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """A disk that fills up."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.mark.parametrize("size", [4_000_000, 9_000_000])
@@ -233,3 +265,29 @@ def test_without_a_tracker_it_says_so(scenes: Path, tmp_path: Path, monkeypatch:
     monkeypatch.setattr("accelerate.utils.is_tensorboard_available", lambda: False)
     with pytest.raises(ErrSegError, match=r"pip install 'errseg\[train\]'"):
         Trainer(config(scenes, tracker="tensorboard"), tmp_path)
+
+
+def test_deterministic_products_on_a_gpu_need_a_word_to_cublas(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        Trainer(config(scenes, deterministic=True), tmp_path)
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8" and torch.are_deterministic_algorithms_enabled()
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+        Trainer(config(scenes, deterministic=True), tmp_path)
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_reading_processes_are_a_share_of_the_machines_cores(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, asked = Trainer(config(scenes, workers=None), tmp_path), []
+    monkeypatch.setattr("errseg.scale.processes.default_workers", lambda: 12)
+    monkeypatch.setattr("errseg.train.trainer.make_loader", lambda *_, workers, pin: asked.append(workers) or [])
+    for local_count in (1, 4):  # of sixteen
+        trainer.processes = Processes(count=16, local_count=local_count)
+        trainer.batches(0)
+    assert asked == [8, 3]

@@ -1,7 +1,7 @@
 """Labelled sets: the benchmarks in the layouts of the published code bases, and one's own folders."""
 
 from errseg.data.datasets.benchmarks import BENCHMARKS, Benchmark, Source, Split, datasets_root, find_benchmark
-from errseg.data.datasets.labelled import LabelledSet, Pair, open_benchmark, open_folder
+from errseg.data.datasets.labelled import LabelledSet, Pair, open_benchmark, open_data, open_folder
 
 __all__ = [
     "BENCHMARKS",
@@ -13,5 +13,6 @@ __all__ = [
     "datasets_root",
     "find_benchmark",
     "open_benchmark",
+    "open_data",
     "open_folder",
 ]

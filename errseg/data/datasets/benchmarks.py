@@ -27,6 +27,7 @@ class Split:
     label_suffix: str
     counts: tuple[int, ...]  # any of these is complete
     image_suffix: str = ".jpg"
+    leaves_out_empty: bool = False  # label maps with nothing but ignored pixels, which then do not count either
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,12 @@ _ALL = (
         255,
         {
             "val": Split(
-                "voc_2012_test_sem_seg", f"{_VOC}/JPEGImages", f"{_VOC}/annotations_detectron2/val", ".png", (1449,)
+                "voc_2012_test_sem_seg",
+                f"{_VOC}/JPEGImages",
+                f"{_VOC}/annotations_detectron2/val",
+                ".png",
+                (1449,),
+                leaves_out_empty=True,
             )
         },
         _voc_sources(),

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,9 @@ from errseg.data.datasets.benchmarks import Benchmark, datasets_root, find_bench
 from errseg.data.datasets.index_maps import check_range, label_values, read_index_map
 from errseg.data.images import SUFFIXES
 from errseg.errors import ErrSegError
+
+if TYPE_CHECKING:
+    from errseg.configs.schema import DataSettings
 
 OWN_LABEL_SUFFIXES = (".png", ".tif", ".tiff")
 
@@ -66,6 +69,9 @@ def list_files(folder: Path, suffixes: Iterable[str]) -> dict[str, Path]:
     """Files of a folder (not below it) with one of those suffixes, by stem, sorted; {} without the folder.
 
     The stem is the name up to the suffix. Hidden files are passed over.
+
+    Raises:
+        ErrSegError: the folder cannot be listed, or two of its files have one stem.
     """
     wanted = tuple(suffixes)
     try:
@@ -74,8 +80,17 @@ def list_files(folder: Path, suffixes: Iterable[str]) -> dict[str, Path]:
         return {}
     except OSError as error:
         raise ErrSegError(f"{folder}: cannot list it ({error.strerror or error})") from error
-    named = ((os.path.splitext(name), name) for name in names if not name.startswith("."))
-    return {stem: folder / name for (stem, suffix), name in named if suffix.lower() in wanted}
+    files: dict[str, Path] = {}
+    for name in names:
+        stem, suffix = os.path.splitext(name)
+        if name.startswith(".") or suffix.lower() not in wanted:
+            continue
+        if stem in files:
+            raise ErrSegError(
+                f"{files[stem]} and {folder / name} have one name but for the suffix: rename or remove one"
+            )
+        files[stem] = folder / name
+    return files
 
 
 def match(images: dict[str, Path], labels: dict[str, Path]) -> tuple[Pair, ...]:
@@ -134,3 +149,13 @@ def open_folder(folder: str | os.PathLike[str]) -> LabelledSet:
         raise ErrSegError(f"{file}: has no {other} ({len(alone)} such files)")
     words = tuple(", ".join(synonyms) for synonyms in names)
     return LabelledSet(str(base), match(images, labels), words, words, tuple(range(len(words))), None)
+
+
+def open_data(settings: DataSettings) -> LabelledSet:
+    """The set that a configuration names; ErrSegError if it names none or two."""
+    if (settings.set is None) == (settings.folder is None):
+        raise ErrSegError("data: give either set (a benchmark) or folder (images/, labels/, classes.txt)")
+    if settings.folder is not None:
+        return open_folder(settings.folder)
+    assert settings.set is not None
+    return open_benchmark(settings.set, settings.root, settings.split)

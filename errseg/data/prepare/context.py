@@ -79,7 +79,7 @@ def context59_tasks(benchmark: Benchmark, split: Split, root: Path) -> list[Cont
 
 @dataclass(frozen=True)
 class Context459Task(Task):
-    """The matrix LabelMap of a MATLAB file, less one, in its own type."""
+    """The matrix LabelMap (uint16) of a MATLAB file, less one."""
 
     def convert(self) -> NDArray[Any]:
         io = need("scipy.io", self.benchmark)
@@ -89,14 +89,14 @@ class Context459Task(Task):
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ErrSegError(f"{self.source}: unreadable MATLAB file ({reason})") from error
         raw = found.get("LabelMap")
-        if not isinstance(raw, np.ndarray) or raw.ndim != 2 or raw.dtype not in (np.uint8, np.uint16):
+        if not isinstance(raw, np.ndarray) or raw.ndim != 2 or raw.dtype != np.uint16:
             kind = "nothing" if raw is None else f"{getattr(raw, 'dtype', type(raw))} {list(np.shape(raw))}"
             raise ErrSegError(f"{self.source}: expected LabelMap [H, W] of uint16, got {kind}")
         # Checked before the subtraction, which wraps around in an unsigned type.
         if raw.size == 0 or raw.min() < 1 or raw.max() > CONTEXT_RAW:
             wrong = "no pixel" if raw.size == 0 else f"raw label {raw.min() if raw.min() < 1 else raw.max()}"
             raise ErrSegError(f"{self.source}: {wrong} is out of range for {self.benchmark} (1 to {CONTEXT_RAW})")
-        return raw - raw.dtype.type(1)
+        return raw - np.uint16(1)
 
 
 def check_names_file(path: Path) -> None:

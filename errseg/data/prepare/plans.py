@@ -68,12 +68,11 @@ def _voc(benchmark: Benchmark, split: Split, root: Path) -> Plan:
     names = read_lines(base / "ImageSets/Segmentation/val.txt", benchmark.name)
     raw = require(base / "SegmentationClassAug", benchmark.name)
     target = root / split.labels
-    return Plan(
-        [
-            LookupTask(benchmark.name, raw / f"{name}.png", target / f"{name}.png", leave_out_empty=True)
-            for name in names
-        ]
-    )
+    tasks = [
+        LookupTask(benchmark.name, raw / f"{name}.png", target / f"{name}.png", leave_out_empty=split.leaves_out_empty)
+        for name in names
+    ]
+    return Plan(tasks)
 
 
 def _context59(benchmark: Benchmark, split: Split, root: Path) -> Plan:
