@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from errseg import ops
 from errseg.bench.cases import Case, Counts
@@ -158,7 +158,7 @@ def _count(
     gradients = passing != "forward"
     # The counter does not know every fused attention.
     with (
-        FlopCounterMode(display=False) as counter,
+        FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _of_gradients}) as counter,
         sdpa_kernel(SDPBackend.MATH),
         ops.use_backend("reference"),
         torch.set_grad_enabled(gradients),
@@ -168,3 +168,12 @@ def _count(
         if gradients:
             differentiate(value).sum().backward()
     return counter.get_total_flops() - (forward if passing == "backward" else 0), elements
+
+
+def _of_gradients(grad: Sequence[int], x: Sequence[int], weight: Sequence[int], *rest: Any, **_: Any) -> int:
+    """FLOPs of a convolution's gradients, from shapes: of the input and of the weight as many each as of the result.
+
+    PyTorch's own count takes no note of groups: a depthwise weight's gradient would be C times as much as it is.
+    """
+    transposed, needed = rest[4], rest[7]
+    return conv_flop_count(list(x), list(weight), list(grad), transposed) * sum(needed[:2])

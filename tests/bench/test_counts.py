@@ -69,6 +69,13 @@ def test_counts_of_the_head_come_from_the_reference() -> None:
     assert target.counts(replace(target.quick, classes=10), 4, "forward").matmul > 1.5 * forward.matmul
 
 
+@pytest.mark.parametrize("name", ["spatial_block", "class_block"])
+def test_gradients_take_about_twice_what_the_result_takes(name: str) -> None:
+    counts = find_target(name).counts
+    forward, backward = (counts(EVAL_B, 4, passing).matmul for passing in ("forward", "backward"))
+    assert 1.7 * forward < backward < 2.1 * forward
+
+
 def test_every_op_is_a_target_and_labels_are_unique() -> None:
     names = target_names()
     assert set(names) == {*ops.OPS, *BUILT_OF_OPS}
