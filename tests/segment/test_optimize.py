@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partialmethod
 
 import numpy as np
 import pytest
@@ -137,9 +138,17 @@ def test_loading_and_moving_weights_is_a_move() -> None:
     assert len(set(places)) == 4
 
 
-def test_a_compiled_tower_gives_the_same(pictures: list[np.ndarray]) -> None:
+def test_a_compiled_tower_gives_the_same(pictures: list[np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def remembered(graph: torch.fx.GraphModule, inputs: object) -> torch.fx.GraphModule:  # Inductor takes long
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend=remembered))
     plain, fast = (Segmenter("errseg-tiny", vocabulary=WORDS, device="cpu", size=64) for _ in range(2))
     assert torch.equal(fast.optimize(compile_tower=True)(pictures[0]).labels, plain(pictures[0]).labels)
+    assert graphs
 
 
 @pytest.mark.parametrize(("capability", "dtype"), [((7, 5), torch.float32), ((8, 0), torch.bfloat16)])

@@ -71,7 +71,7 @@ def test_the_up_decoder_runs_on_tensor_cores(rows: list[aot.Compiled], arch: int
 
 
 def test_a_spill_is_seen() -> None:
-    row = aot.Compiled("op", "fwd", 90, 255, 8, 2, 0, 4, "-", 0)
+    row = aot.Compiled("op", "fwd", 90, 255, 8, 0, 4, "-", 0)
     assert row.spilled and "255" in aot.table([row]) and "sm_90" in aot.table([row])
 
 
