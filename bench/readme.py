@@ -56,14 +56,15 @@ def _cells(group: dict[str, Row]) -> list[str]:
     best = min(others, key=_milliseconds, default=None)
     published = group.get("published")
     compiled = group.get("reference+compile")
+    times = number(own.speedup_published) if own.speedup_published else ""
     return [
         f"`{own.target}`",
         "forward + backward" if own.passing == "both" else own.passing,
         own.label,
         own.provider,
         number(own.median_ms),
-        number(own.speedup_published) if own.speedup_published else "",
-        f"{_times(best, own)} ({best.provider})" if best else "",
+        times,
+        f"{times if best is published else _times(best, own)} ({best.provider})" if best else "",
         _times(compiled, own) if compiled else "",
         _memory(own),
         _memory(published) if published else "",
