@@ -391,8 +391,8 @@ class Segmenter:
     def _with_background(self, offer: Offer, background: tuple[str, ...]) -> Offer:
         """The same words with background words added and told apart from the rest."""
         extra = Vocabulary(background).words
-        label = offer.words.index(BACKGROUND) if BACKGROUND in offer.words else len(offer.words)
-        words = offer.words if label < len(offer.words) else [*offer.words, BACKGROUND]
+        words = background_included(offer.words)
+        label = words.index(BACKGROUND)
         known, wanted = set(offer.words), {*extra, BACKGROUND}
         fresh = [word for word in dict.fromkeys(extra) if word not in known]
         labels = [label if word in wanted else i for i, word in enumerate(offer.words)] + [label] * len(fresh)
@@ -400,6 +400,11 @@ class Segmenter:
         if fresh:
             embeddings = torch.cat([embeddings, self._encode(Vocabulary(fresh)).to(embeddings.dtype)])
         return Offer(embeddings, torch.tensor(labels, dtype=torch.int32, device=self.device), words)
+
+
+def background_included(words: list[str]) -> list[str]:
+    """The vocabulary of results where some words count as background: that word too, last unless it was offered."""
+    return words if BACKGROUND in words else [*words, BACKGROUND]
 
 
 def _as_vocabulary(words: Words, synonyms: str = "first") -> Vocabulary:

@@ -56,11 +56,9 @@ class Jobs:
     def unfinished(self, files: list[ImageFile], words: Vocabulary) -> list[ImageFile]:
         """Pictures whose results for these words are not there yet."""
         from errseg.data.finished import is_finished
-        from errseg.segmenter import BACKGROUND
+        from errseg.segmenter import background_included
 
-        offered = words.words
-        if self.options["background"] and BACKGROUND not in offered:
-            offered = [*offered, BACKGROUND]
+        offered = background_included(words.words) if self.options["background"] else words.words
         left = [
             file
             for file in files

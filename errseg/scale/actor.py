@@ -101,12 +101,11 @@ class PictureActor:
 
     def _words(self) -> list[str]:
         """The vocabulary of the results."""
-        from errseg.segmenter import BACKGROUND
+        from errseg.segmenter import background_included
 
         words = self._ready().vocabulary
         assert words is not None
-        added = [BACKGROUND] if self.job.call["background"] and BACKGROUND not in words.words else []
-        return [*words.words, *added]
+        return background_included(words.words) if self.job.call["background"] else words.words
 
     def _ready(self) -> Segmenter:
         if self.segmenter is None:
