@@ -59,9 +59,11 @@ def test_gradients(backend: str) -> None:
 
 
 @backends
+@pytest.mark.parametrize(("height", "width"), [(12, 11), (17, 19)])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
-def test_error_is_at_most_twice_eager(dtype: torch.dtype, backend: str) -> None:
-    call = sample("spatial_attention", Sizes(height=12, width=11, channels=32)).to(dtype)
+def test_error_is_at_most_twice_eager(dtype: torch.dtype, height: int, width: int, backend: str) -> None:
+    """Without gradients, where half precision may take another road."""
+    call = sample("spatial_attention", Sizes(batch=1, height=height, width=width, channels=32)).to(dtype)
     assert_within_eager_error(call(backend=backend), published(call), call.to(torch.float64)(backend="reference"))
 
 
