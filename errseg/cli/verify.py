@@ -20,7 +20,7 @@ WIDTH = 150  # of logs and files; a terminal has its own
 
 
 def verify(
-    quick: Annotated[bool, typer.Option("--quick", help="Small shapes only: about a minute.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Small shapes only: a few minutes.")] = False,
     ops: Annotated[
         str | None, typer.Option(help="Comma-separated ops; all, and the golden numbers, by default.")
     ] = None,
